@@ -1,0 +1,320 @@
+//! From layers to the form of an image: flattened tree, data space, chunks, packs, manifest.
+//!
+//! Layers stream through once, base first. Memory is bounded by the tree and a few chunks per
+//! encoder; everything else waits in two working files (small files of the layer at hand, and
+//! ciphertexts), which have no name and vanish with the process.
+
+mod encode_pool;
+pub mod packs;
+
+use std::fs::File;
+use std::io::{self, Read};
+use std::path::PathBuf;
+
+use lazyimg_convergent::{ChunkKey, Digest, MAX_CHUNK_LEN, Salt, TenantKey};
+
+use crate::erofs;
+use crate::flatten::{self, Counters, FlattenError};
+use crate::layer::{LayerError, LayerReader};
+use crate::layout::{
+    ChunkEncoder, Contents, LayerSink, Plan, PlanError, Region, SinkError, Ticket,
+};
+use crate::limits::Limits;
+use crate::manifest::{BLOCK, Entry, Header, Manifest};
+use crate::source::{LayerDescriptor, ResolvedImage, SourceError};
+use crate::tree::{Kind, Tree};
+
+pub use encode_pool::{EncodePool, Encoded};
+
+/// Length of the first chunk of the metadata space, in bytes (64 KiB): holds the superblock and the
+/// top of the tree, so that the first `ls` waits for a few packets only.
+pub const FIRST_META_CHUNK: usize = 64 << 10;
+
+/// Length of the other chunks of the metadata space, in bytes.
+pub const META_CHUNK: usize = 512 << 10;
+
+/// How to convert.
+#[derive(Debug, Clone)]
+pub struct ConvertOptions {
+    /// Salt that chunk keys are derived under.
+    pub salt: Salt,
+    /// Name of the salt's domain.
+    pub domain: String,
+    /// Epoch of the salt.
+    pub epoch: u32,
+    /// zstd level, 1 to 19.
+    pub level: i32,
+    /// Encoder threads.
+    pub threads: usize,
+    /// What layers may ask for.
+    pub limits: Limits,
+    /// Where the two working files are made; about the size of the image is needed.
+    pub work_dir: PathBuf,
+}
+
+/// Why an image could not be converted.
+#[derive(Debug, thiserror::Error)]
+pub enum ConvertError {
+    /// A layer can't be fetched.
+    #[error(transparent)]
+    Source(#[from] SourceError),
+    /// A layer's stream is bad.
+    #[error(transparent)]
+    Layer(#[from] LayerError),
+    /// A layer's entries are bad.
+    #[error(transparent)]
+    Flatten(#[from] FlattenError),
+    /// A layer can't be laid out.
+    #[error(transparent)]
+    Plan(#[from] PlanError),
+    /// A body can't be taken.
+    #[error(transparent)]
+    Sink(#[from] SinkError),
+    /// The tree does not fit into EROFS.
+    #[error(transparent)]
+    Erofs(#[from] erofs::WriteError),
+    /// A working file can't be made or read.
+    #[error("working file in {dir}: {cause}; free some space there or set --work-dir")]
+    Work {
+        /// The directory.
+        dir: PathBuf,
+        /// Why.
+        #[source]
+        cause: io::Error,
+    },
+    /// More layers than allowed.
+    #[error("image has {actual} layers, the limit is {limit}: raise it with --max-layers")]
+    TooManyLayers {
+        /// How many it has.
+        actual: usize,
+        /// How many are allowed.
+        limit: u32,
+    },
+}
+
+/// What happens during a conversion, for progress bars.
+#[derive(Debug, Clone, Copy)]
+pub enum ConvertEvent<'a> {
+    /// A layer begins: number from 0, of how many, its descriptor.
+    Layer(usize, usize, &'a LayerDescriptor),
+    /// So many more bytes of compressed layers were read.
+    Read(u64),
+    /// Everything was read; chunks are being finished.
+    Finishing,
+}
+
+/// A converted image, before it is pushed. Its ciphertexts lie in [`Form::spool`].
+#[derive(Debug)]
+pub struct Form {
+    /// The manifest, keys sealed.
+    pub manifest: Manifest,
+    /// The metadata space in plaintext.
+    pub metadata: Vec<u8>,
+    /// The keys of all stored chunks, metadata first.
+    pub keys: Vec<ChunkKey>,
+    /// Ciphertexts.
+    pub spool: File,
+    /// Which pieces of the spool make which pack.
+    pub pieces: Vec<packs::PackPieces>,
+    /// Bytes of plaintext that were encoded.
+    pub plain_bytes: u64,
+    /// Names of all kinds in the tree.
+    pub inodes: u64,
+}
+
+/// Converts an image. Blocking; call it from a thread of its own.
+///
+/// `open_layer` gives the compressed bytes of a layer.
+///
+/// # Errors
+/// See [`ConvertError`]; nothing is left behind.
+pub fn convert<R: Read + Send>(
+    image: &ResolvedImage,
+    mut open_layer: impl FnMut(&LayerDescriptor) -> Result<R, SourceError>,
+    tenant: &TenantKey,
+    options: &ConvertOptions,
+    event: &(dyn Fn(ConvertEvent<'_>) + Sync),
+) -> Result<Form, ConvertError> {
+    let limit = options.limits.layers;
+    if image.layers.len() > limit as usize {
+        return Err(ConvertError::TooManyLayers {
+            actual: image.layers.len(),
+            limit,
+        });
+    }
+    let work = |cause| ConvertError::Work {
+        dir: options.work_dir.clone(),
+        cause,
+    };
+    let spool = tempfile::tempfile_in(&options.work_dir).map_err(work)?;
+    let mut pool =
+        EncodePool::new(spool, &options.salt, options.level, options.threads).map_err(work)?;
+    let (mut tree, mut contents, mut plan) = (Tree::new(), Contents::default(), Plan::default());
+    let mut counters = Counters::default();
+    for (n, layer) in image.layers.iter().enumerate() {
+        event(ConvertEvent::Layer(n, image.layers.len(), layer));
+        let raw = Counting {
+            inner: open_layer(layer)?,
+            event,
+        };
+        let small_files = tempfile::tempfile_in(&options.work_dir).map_err(work)?;
+        let mut sink = LayerSink::new(&mut pool, &mut contents, n as u32, small_files);
+        LayerReader::read(n as u32, layer, raw, &options.limits, |tar| {
+            let name = layer.digest.to_string();
+            flatten::apply_layer(
+                &mut tree,
+                n as u32,
+                &name,
+                tar,
+                &mut sink,
+                &options.limits,
+                &mut counters,
+            )
+        })?;
+        let small = sink.into_spool()?;
+        plan.add_layer(n as u32, &tree, &contents, &small, &mut pool)?;
+    }
+    event(ConvertEvent::Finishing);
+    let region = plan.finish(&tree, &contents)?;
+    let place = |id| plan.start_block(&region, &contents, id);
+    let metadata = erofs::write(&tree, &place, region.blocks)?;
+    let meta_tickets = encode_metadata(&metadata, &mut pool).map_err(work)?;
+    pool.wait().map_err(work)?;
+    assemble(
+        image,
+        tenant,
+        options,
+        &tree,
+        &plan,
+        &region,
+        metadata,
+        &meta_tickets,
+        &pool,
+    )
+    .map_err(work)
+}
+
+/// Cuts the metadata space and hands it to the encoders.
+fn encode_metadata(metadata: &[u8], pool: &mut EncodePool) -> io::Result<Vec<(u32, Ticket)>> {
+    const _: () = assert!(META_CHUNK <= MAX_CHUNK_LEN);
+    let (first, rest) = metadata.split_at(FIRST_META_CHUNK.min(metadata.len()));
+    std::iter::once(first)
+        .chain(rest.chunks(META_CHUNK))
+        .map(|plain| {
+            Ok((
+                (plain.len() as u64 / BLOCK) as u32,
+                pool.encode(plain.to_vec())?,
+            ))
+        })
+        .collect()
+}
+
+#[allow(clippy::too_many_arguments)]
+fn assemble(
+    image: &ResolvedImage,
+    tenant: &TenantKey,
+    options: &ConvertOptions,
+    tree: &Tree,
+    plan: &Plan,
+    region: &Region,
+    metadata: Vec<u8>,
+    meta_tickets: &[(u32, Ticket)],
+    pool: &EncodePool,
+) -> io::Result<Form> {
+    let mut packs = packs::Packs::default();
+    let mut layer = 0;
+    for group in plan.groups() {
+        if group.layer != layer {
+            packs.close();
+            layer = group.layer;
+        }
+        for ticket in group.cuts.iter().filter_map(|c| c.ticket) {
+            packs.add(&pool.encoded(ticket));
+        }
+    }
+    packs.close();
+    for (_, ticket) in meta_tickets {
+        packs.add(&pool.encoded(*ticket));
+    }
+    let mut keys = Vec::new();
+    let mut entry = |blocks: u32, ticket: Option<Ticket>| {
+        let stored = ticket.map(|ticket| {
+            let encoded = pool.encoded(ticket);
+            let stored = packs.stored(&encoded);
+            keys.push(encoded.key);
+            stored
+        });
+        Entry { blocks, stored }
+    };
+    let meta: Vec<_> = meta_tickets
+        .iter()
+        .map(|(blocks, t)| entry(*blocks, Some(*t)))
+        .collect();
+    let data: Vec<_> = region
+        .cuts
+        .iter()
+        .map(|c| entry(c.blocks as u32, c.ticket))
+        .collect();
+    let spool = pool.spool()?;
+    let digests = packs
+        .pieces()
+        .iter()
+        .map(|p| packs::digest(&spool, p))
+        .collect::<io::Result<Vec<_>>>()?;
+    let (files, file_bytes) = count_files(tree);
+    let header = Header {
+        meta_len: metadata.len() as u64,
+        data_len: region.blocks * BLOCK,
+        image: image.digest,
+        has_xattrs: tree.has_xattrs(),
+        files,
+        file_bytes,
+        salt_id: options.salt.public_id(),
+        epoch: options.epoch,
+        domain: options.domain.clone(),
+    };
+    let mut manifest = Manifest {
+        header,
+        meta,
+        data,
+        packs: digests,
+        sealed_keys: Vec::new(),
+    };
+    manifest.seal_keys(tenant, keys.iter());
+    Ok(Form {
+        manifest,
+        metadata,
+        keys,
+        spool,
+        pieces: packs.pieces().to_vec(),
+        plain_bytes: pool.plain_bytes(),
+        inodes: tree.inode_count() as u64,
+    })
+}
+
+fn count_files(tree: &Tree) -> (u64, u64) {
+    tree.inodes()
+        .fold((0, 0), |(files, bytes), (_, inode)| match inode.kind {
+            Kind::File { size, .. } => (files + 1, bytes + size),
+            _ => (files, bytes),
+        })
+}
+
+/// Tells what was read.
+struct Counting<'a, R> {
+    inner: R,
+    event: &'a (dyn Fn(ConvertEvent<'_>) + Sync),
+}
+
+impl<R: Read> Read for Counting<'_, R> {
+    fn read(&mut self, buf: &mut [u8]) -> io::Result<usize> {
+        let len = self.inner.read(buf)?;
+        (self.event)(ConvertEvent::Read(len as u64));
+        Ok(len)
+    }
+}
+
+/// The digest under which a layer's packs can be named in messages.
+pub fn short(digest: &Digest) -> String {
+    digest.hex()[..12].to_owned()
+}

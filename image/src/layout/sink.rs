@@ -1,0 +1,225 @@
+//! Takes the bodies of one layer's files as they stream by.
+//!
+//! Large files are cut and handed to the encoder at once, small ones wait in a spool file until
+//! the layer's end, when the path order is known.
+
+use std::collections::BTreeMap;
+use std::fs::File;
+use std::io::{self, BufWriter, Write};
+use std::os::unix::fs::FileExt;
+
+use crate::flatten::ContentSink;
+use crate::tree::ContentId;
+
+use super::{ChunkEncoder, LARGE, Ticket, blocks, is_zero};
+
+/// Why a file's body could not be taken.
+#[derive(Debug, thiserror::Error)]
+pub enum SinkError {
+    /// The working files can't be written.
+    #[error("working file of the conversion: {0}; free some space or set --work-dir")]
+    Spool(#[source] io::Error),
+    /// A chunk could not be encoded.
+    #[error("encoding a chunk: {0}")]
+    Encode(#[source] io::Error),
+    /// More files than an image can have.
+    #[error("image has more than {} files with content", u32::MAX)]
+    TooMany,
+}
+
+/// One file's content.
+#[derive(Debug)]
+pub struct Content {
+    /// BLAKE3 over size and non-zero windows: equal for equal bytes, however the layer wrote them.
+    pub hash: [u8; 32],
+    /// Length in bytes, holes included.
+    pub size: u64,
+    /// The layer that brought it.
+    pub layer: u32,
+    /// Where the bytes are.
+    pub body: Body,
+}
+
+/// Where the bytes of a content are until the layout is known.
+#[derive(Debug)]
+pub enum Body {
+    /// Nothing but zeros.
+    Zero,
+    /// At this byte offset of the layer's spool.
+    Small(u64),
+    /// Cut already: stored windows by index (of [`LARGE`] bytes); what is missing is zero.
+    Large(BTreeMap<u64, Ticket>),
+}
+
+/// All contents of an image, by [`ContentId`].
+#[derive(Debug, Default)]
+pub struct Contents {
+    all: Vec<Content>,
+}
+
+impl Contents {
+    /// The content with this id.
+    pub fn get(&self, id: ContentId) -> &Content {
+        &self.all[id.0 as usize]
+    }
+
+    /// How many there are.
+    pub fn len(&self) -> usize {
+        self.all.len()
+    }
+
+    /// Whether there are none.
+    pub fn is_empty(&self) -> bool {
+        self.all.is_empty()
+    }
+}
+
+/// The [`ContentSink`] of one layer.
+pub struct LayerSink<'a, E> {
+    encoder: &'a mut E,
+    contents: &'a mut Contents,
+    layer: u32,
+    spool: BufWriter<File>,
+    spool_len: u64,
+    current: Current,
+}
+
+/// The file that is being taken.
+struct Current {
+    size: u64,
+    hash: blake3::Hasher,
+    /// Index of the window that `window` holds, if it holds any bytes.
+    index: Option<u64>,
+    window: Vec<u8>,
+    tickets: BTreeMap<u64, Ticket>,
+    all_zero: bool,
+}
+
+impl<'a, E: ChunkEncoder> LayerSink<'a, E> {
+    /// A sink for layer `layer`; `spool` is an empty file for the layer's small files.
+    pub fn new(encoder: &'a mut E, contents: &'a mut Contents, layer: u32, spool: File) -> Self {
+        let current = Current {
+            size: 0,
+            hash: blake3::Hasher::new(),
+            index: None,
+            window: Vec::new(),
+            tickets: BTreeMap::new(),
+            all_zero: true,
+        };
+        Self {
+            encoder,
+            contents,
+            layer,
+            spool: BufWriter::with_capacity(1 << 20, spool),
+            spool_len: 0,
+            current,
+        }
+    }
+
+    /// The layer is complete: the spool, to read small files back from.
+    ///
+    /// # Errors
+    /// When the spool can't be written.
+    pub fn into_spool(self) -> Result<SmallFiles, SinkError> {
+        let file = self
+            .spool
+            .into_inner()
+            .map_err(|e| SinkError::Spool(e.into_error()))?;
+        Ok(SmallFiles(file))
+    }
+
+    /// Ends the current window: hashed, and encoded if the file is large.
+    fn flush_window(&mut self) -> Result<(), SinkError> {
+        let Some(index) = self.current.index.take() else {
+            return Ok(());
+        };
+        let window = std::mem::take(&mut self.current.window);
+        if is_zero(&window) {
+            self.current.window = window;
+            return Ok(());
+        }
+        self.current.all_zero = false;
+        self.current.hash.update(&index.to_le_bytes());
+        self.current.hash.update(&window);
+        if self.current.size >= LARGE {
+            let mut plain = window;
+            plain.resize(blocks(plain.len() as u64) as usize * 4096, 0);
+            let ticket = self.encoder.encode(plain).map_err(SinkError::Encode)?;
+            self.current.tickets.insert(index, ticket);
+        } else {
+            self.spool.write_all(&window).map_err(SinkError::Spool)?;
+            self.current.window = window;
+        }
+        Ok(())
+    }
+}
+
+impl<E: ChunkEncoder> ContentSink for LayerSink<'_, E> {
+    type Error = SinkError;
+
+    fn begin(&mut self, size: u64) -> Result<(), SinkError> {
+        let current = &mut self.current;
+        current.size = size;
+        current.hash.reset();
+        current.hash.update(&size.to_le_bytes());
+        current.index = None;
+        current.tickets.clear();
+        current.all_zero = true;
+        Ok(())
+    }
+
+    fn data(&mut self, mut offset: u64, mut bytes: &[u8]) -> Result<(), SinkError> {
+        while !bytes.is_empty() {
+            let index = offset / LARGE;
+            if self.current.index != Some(index) {
+                self.flush_window()?;
+                let len = (self.current.size - index * LARGE).min(LARGE) as usize;
+                self.current.window.clear();
+                self.current.window.resize(len, 0);
+                self.current.index = Some(index);
+            }
+            let at = (offset - index * LARGE) as usize;
+            let len = bytes.len().min(self.current.window.len() - at);
+            self.current.window[at..at + len].copy_from_slice(&bytes[..len]);
+            bytes = &bytes[len..];
+            offset += len as u64;
+        }
+        Ok(())
+    }
+
+    fn finish(&mut self) -> Result<ContentId, SinkError> {
+        self.flush_window()?;
+        let current = &mut self.current;
+        let body = if current.all_zero {
+            Body::Zero
+        } else if current.size >= LARGE {
+            Body::Large(std::mem::take(&mut current.tickets))
+        } else {
+            let at = self.spool_len;
+            self.spool_len += current.size;
+            Body::Small(at)
+        };
+        let id = u32::try_from(self.contents.all.len()).map_err(|_| SinkError::TooMany)?;
+        self.contents.all.push(Content {
+            hash: *current.hash.finalize().as_bytes(),
+            size: current.size,
+            layer: self.layer,
+            body,
+        });
+        Ok(ContentId(id))
+    }
+}
+
+/// The small files of a layer, to be read back in path order.
+#[derive(Debug)]
+pub struct SmallFiles(File);
+
+impl SmallFiles {
+    /// Reads the whole file at `offset` into `buf`.
+    ///
+    /// # Errors
+    /// When the spool can't be read.
+    pub fn read(&self, offset: u64, buf: &mut [u8]) -> io::Result<()> {
+        self.0.read_exact_at(buf, offset)
+    }
+}
