@@ -1,0 +1,167 @@
+//! Why a chunk could not be had.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use lazyimg_convergent::ChunkId;
+use lazyimg_convergent::chunk::OpenError;
+
+/// A cause from below: an HTTP client, a socket, a file.
+pub type Source = Box<dyn std::error::Error + Send + Sync + 'static>;
+
+/// Why one tier did not give one chunk.
+#[derive(Debug, thiserror::Error)]
+pub enum FetchError {
+    /// The tier does not have it. Another tier may.
+    #[error("not there: {0}")]
+    NotFound(String),
+    /// The tier refuses us.
+    #[error("not authorised: {0}; log in again (`docker login`) or check the credential helper")]
+    Unauthorized(String),
+    /// The tier can't be reached or is in trouble; it may work later.
+    #[error("unavailable: {source}")]
+    Unavailable {
+        /// How long the tier asked us to wait, if it did.
+        retry_after: Option<Duration>,
+        /// What happened.
+        #[source]
+        source: Source,
+    },
+    /// No answer in time.
+    #[error("no answer within {0:?}")]
+    TimedOut(Duration),
+    /// The tier's bytes are not the chunk's: wrong length or wrong hash.
+    #[error("wrong bytes: {0}")]
+    Corrupt(String),
+    /// The request itself can't be made: a length or a range outside the format's limits.
+    #[error("impossible request: {0}")]
+    Invalid(String),
+    /// An attempt was tried again until the tier's policy gave up; the last cause.
+    #[error("gave up after {attempts} attempts: {last}")]
+    GaveUp {
+        /// How often the request was made.
+        attempts: u32,
+        /// Why the last one failed.
+        #[source]
+        last: Box<FetchError>,
+    },
+    /// The failure of a request that was for other chunks too.
+    #[error(transparent)]
+    Shared(Arc<FetchError>),
+}
+
+impl FetchError {
+    /// An [`FetchError::Unavailable`] without a wish of the tier's.
+    pub fn unavailable(source: impl Into<Source>) -> Self {
+        Self::Unavailable {
+            retry_after: None,
+            source: source.into(),
+        }
+    }
+
+    /// Whether the same request to the same tier may succeed a moment later.
+    pub fn is_retryable(&self) -> bool {
+        match self {
+            Self::Unavailable { .. } | Self::TimedOut(_) => true,
+            Self::Shared(error) => error.is_retryable(),
+            _ => false,
+        }
+    }
+}
+
+/// One tier's part in a failed read.
+#[derive(Debug, Clone)]
+pub struct TierFailure {
+    /// [`crate::Tier::name`].
+    pub tier: String,
+    /// Its answer. Shared: one fetch may have had many readers.
+    pub error: Arc<FetchError>,
+}
+
+/// Why a chunk could not be given to a reader. Cheap to clone: waiters share one failed fetch.
+#[derive(Debug, Clone, thiserror::Error)]
+pub enum ReadError {
+    /// Every tier was asked, none had good bytes.
+    #[error("chunk {id}: {}", list(.failures))]
+    Tiers {
+        /// Which chunk.
+        id: ChunkId,
+        /// Every tier asked, in order.
+        failures: Vec<TierFailure>,
+    },
+    /// The reader's time was up before a tier had answered.
+    #[error("chunk {id}: nothing arrived within {waited:?} ({}); the fetch goes on, a later read may find it", list(.failures))]
+    TimedOut {
+        /// Which chunk.
+        id: ChunkId,
+        /// How long the reader waited.
+        waited: Duration,
+        /// Tiers that had failed until then.
+        failures: Vec<TierFailure>,
+    },
+    /// The stored bytes are the right ones (their hash is the id), but the key does not open them,
+    /// or they are not of the length that the manifest says: the manifest is wrong.
+    #[error(
+        "chunk {id} is intact but does not open: {source}; the image's manifest does not belong to this chunk, convert the image again"
+    )]
+    Undecryptable {
+        /// Which chunk.
+        id: ChunkId,
+        /// What is wrong.
+        source: OpenError,
+    },
+    /// A chunk whose lengths the format forbids.
+    #[error("chunk {id}: {reason}; the image's manifest is damaged or hostile")]
+    BadSpec {
+        /// Which chunk.
+        id: ChunkId,
+        /// What is wrong.
+        reason: String,
+    },
+    /// The fetch ended without an answer: the process is shutting down, or a fetching task died.
+    #[error("chunk {id}: the fetch was abandoned (the daemon is stopping)")]
+    Abandoned {
+        /// Which chunk.
+        id: ChunkId,
+    },
+}
+
+impl ReadError {
+    /// The chunk that could not be read.
+    pub fn id(&self) -> &ChunkId {
+        match self {
+            Self::Tiers { id, .. }
+            | Self::TimedOut { id, .. }
+            | Self::Undecryptable { id, .. }
+            | Self::BadSpec { id, .. }
+            | Self::Abandoned { id } => id,
+        }
+    }
+}
+
+fn list(failures: &[TierFailure]) -> String {
+    if failures.is_empty() {
+        return "no tier has answered".to_owned();
+    }
+    failures
+        .iter()
+        .map(|f| format!("{}: {}", f.tier, chain(&*f.error)))
+        .collect::<Vec<_>>()
+        .join("; ")
+}
+
+/// An error with its causes: "GET … failed" alone does not say that the connection was refused.
+fn chain(error: &(dyn std::error::Error + 'static)) -> String {
+    let mut text = error.to_string();
+    let mut cause = error.source();
+    while let Some(error) = cause {
+        let next = error.to_string();
+        // Some messages embed their source.
+        if !text.contains(&next) {
+            text.push_str(": ");
+            text.push_str(&next);
+        }
+        cause = error.source();
+    }
+    text
+}

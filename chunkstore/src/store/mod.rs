@@ -1,0 +1,256 @@
+//! The store of a host, and each image's view of it.
+
+mod local;
+mod prefetch;
+mod read;
+mod verify;
+mod walk;
+
+#[cfg(test)]
+mod tests;
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
+use std::time::Duration;
+
+use bytes::Bytes;
+use lazyimg_convergent::ChunkId;
+use parking_lot::Mutex;
+use tokio::runtime::Handle;
+use tokio::sync::Semaphore;
+
+use crate::flight::Flights;
+use crate::stats::TierStats;
+use crate::{ChunkSpec, HostCache, HotCache, MountStats, ReadError, Tier};
+
+pub use verify::{CopyPlace, Verified, VerifyScope};
+
+/// Locks that keep two threads from decoding one chunk at the same time. More than there are
+/// threads to hold them.
+const DECODE_LOCKS: usize = 64;
+/// Ids of bad copies remembered until their replacement has come, to count it.
+const MAX_WOUNDED: usize = 4_096;
+
+/// How a [`Store`] behaves.
+#[derive(Debug, Clone)]
+pub struct StoreOptions {
+    /// Bound of the LRU of decoded chunks, in bytes. 0: every read decodes again.
+    pub hot_bytes: usize,
+    /// How long one fetch may take over all tiers. Each tier gets an equal share of what is left
+    /// when its turn comes.
+    pub fetch_deadline: Duration,
+}
+
+impl Default for StoreOptions {
+    fn default() -> Self {
+        Self {
+            hot_bytes: 16 << 20,
+            fetch_deadline: Duration::from_secs(30),
+        }
+    }
+}
+
+/// One per host cache; serves all mounts of it. Cheap to clone.
+#[derive(Clone)]
+pub struct Store {
+    host: Arc<Host>,
+}
+
+/// What all images of a host share.
+struct Host {
+    cache: Option<HostCache>,
+    hot: HotCache,
+    flights: Arc<Flights>,
+    decoding: Vec<Mutex<()>>,
+    /// Chunks whose cached copy was bad and has not been replaced yet.
+    wounded: Mutex<std::collections::HashSet<ChunkId>>,
+    prefetching: Arc<Semaphore>,
+    options: StoreOptions,
+    runtime: Handle,
+    images: AtomicU64,
+}
+
+/// The chunks of one mounted image. Cheap to clone; dropping the last clone ends its prefetch.
+#[derive(Clone)]
+pub struct ImageStore {
+    image: Arc<Image>,
+    /// Lives as long as somebody holds an `ImageStore`; fetches under way hold only `image`.
+    mounted: Arc<()>,
+}
+
+/// One image: where its chunks come from, and what has been done for it.
+struct Image {
+    host: Arc<Host>,
+    number: u64,
+    tiers: Vec<(Arc<dyn Tier>, Arc<TierStats>)>,
+    stats: Arc<MountStats>,
+    prefetch: prefetch::Queue,
+}
+
+impl Store {
+    /// A store over `cache` (`None`: nothing is kept on disk). Fetches run on `runtime`, which
+    /// must be a multi-threaded one, or driven by somebody while reads wait.
+    pub fn new(cache: Option<HostCache>, options: StoreOptions, runtime: Handle) -> Self {
+        Self {
+            host: Arc::new(Host {
+                cache,
+                hot: HotCache::new(options.hot_bytes),
+                flights: Arc::default(),
+                decoding: (0..DECODE_LOCKS).map(|_| Mutex::new(())).collect(),
+                wounded: Mutex::default(),
+                prefetching: Arc::new(Semaphore::new(prefetch::CONCURRENCY)),
+                options,
+                runtime,
+                images: AtomicU64::new(0),
+            }),
+        }
+    }
+
+    /// The chunks of one image through its tiers, nearest first. No tiers: only what is here.
+    pub fn image(&self, tiers: Vec<Arc<dyn Tier>>, stats: Arc<MountStats>) -> ImageStore {
+        let tiers = tiers
+            .into_iter()
+            .map(|tier| {
+                let counters = stats.tier(tier.name());
+                (tier, counters)
+            })
+            .collect();
+        ImageStore {
+            image: Arc::new(Image {
+                host: Arc::clone(&self.host),
+                number: self.host.images.fetch_add(1, Relaxed),
+                tiers,
+                stats,
+                prefetch: prefetch::Queue::default(),
+            }),
+            mounted: Arc::new(()),
+        }
+    }
+
+    /// The host cache, if there is one.
+    pub fn cache(&self) -> Option<&HostCache> {
+        self.host.cache.as_ref()
+    }
+
+    /// The decoded chunks in memory.
+    pub fn hot(&self) -> &HotCache {
+        &self.host.hot
+    }
+
+    /// Waits until what is queued for the host cache is written, or was dropped.
+    pub fn flush(&self) {
+        if let Some(cache) = &self.host.cache {
+            cache.flush();
+        }
+    }
+}
+
+impl ImageStore {
+    /// The plaintext of a chunk, from the nearest place that has it. Fails within the store's
+    /// fetch deadline. Nothing is remembered of a failure: the next read asks again.
+    ///
+    /// # Errors
+    /// [`ReadError`].
+    pub async fn read(&self, spec: &ChunkSpec) -> Result<Bytes, ReadError> {
+        read::read(&self.image, spec).await
+    }
+
+    /// [`ImageStore::read`] for several chunks: what is not on this host is asked for in one
+    /// request to each tier. Results in the order of `specs`.
+    pub async fn read_many(&self, specs: &[ChunkSpec]) -> Vec<Result<Bytes, ReadError>> {
+        read::read_many(&self.image, specs).await
+    }
+
+    /// The plaintext if it is on this host. Never waits for a network; may read the disk.
+    pub fn try_read_local(&self, spec: &ChunkSpec) -> Option<Bytes> {
+        read::try_local(&self.image, spec)
+    }
+
+    /// [`ImageStore::read`] for threads outside the runtime. Returns within `deadline`, whatever
+    /// the runtime does.
+    ///
+    /// # Errors
+    /// [`ReadError`].
+    pub fn read_blocking(&self, spec: &ChunkSpec, deadline: Duration) -> Result<Bytes, ReadError> {
+        read::read_blocking(&self.image, spec, deadline)
+    }
+
+    /// [`ImageStore::read_many`] for threads outside the runtime. Returns within `deadline`.
+    pub fn read_many_blocking(
+        &self,
+        specs: &[ChunkSpec],
+        deadline: Duration,
+    ) -> Vec<Result<Bytes, ReadError>> {
+        read::read_many_blocking(&self.image, specs, deadline)
+    }
+
+    /// Brings chunks into the host cache in the background, in this order, in few large requests;
+    /// what is there already is passed over. Readers overtake it. Returns how many were queued:
+    /// none without a host cache, and fewer than asked when very many wait already.
+    pub fn prefetch(&self, specs: Vec<ChunkSpec>) -> usize {
+        prefetch::begin(&self.image, &self.mounted, specs)
+    }
+
+    /// Chunks of this image that prefetch has still to look at.
+    pub fn prefetch_pending(&self) -> usize {
+        self.image.prefetch.len()
+    }
+
+    /// Whether the host cache has the chunk, as far as its index knows: for `status`.
+    pub fn is_cached(&self, id: &ChunkId) -> bool {
+        self.image
+            .host
+            .cache
+            .as_ref()
+            .is_some_and(|cache| cache.contains(id))
+    }
+
+    /// Keeps chunks that came along with something else (the head of a pack with the manifest), and
+    /// counts them as the first tier's. Those that are here already, and those whose bytes are not
+    /// the id's, are dropped.
+    pub fn accept(&self, chunks: Vec<(ChunkId, Bytes)>) {
+        let Some(cache) = &self.image.host.cache else {
+            return;
+        };
+        for (id, ciphertext) in chunks {
+            if cache.contains(&id) || ChunkId::of(&ciphertext) != id {
+                continue;
+            }
+            if let Some((_, stats)) = self.image.tiers.first() {
+                stats.delivered.add(ciphertext.len());
+            }
+            cache.put(&id, ciphertext);
+        }
+    }
+
+    /// Checks copies of chunks: the id against the bytes, the plaintext through the key. Results in
+    /// the order of `specs`; what is asked of tiers is one request, so pass some MiB at a time.
+    /// Nothing is kept but replacements of bad copies.
+    pub async fn verify(
+        &self,
+        specs: &[ChunkSpec],
+        scope: VerifyScope,
+    ) -> Vec<Result<Verified, ReadError>> {
+        verify::verify(&self.image, specs, scope).await
+    }
+
+    /// This mount's counters.
+    pub fn stats(&self) -> &Arc<MountStats> {
+        &self.image.stats
+    }
+}
+
+impl Host {
+    /// Notes that the cached copy of `id` was bad.
+    fn wound(&self, id: &ChunkId) {
+        let mut wounded = self.wounded.lock();
+        if wounded.len() < MAX_WOUNDED {
+            wounded.insert(*id);
+        }
+    }
+
+    /// Whether `id`'s cached copy was bad and is replaced now, for the first time.
+    fn heal(&self, id: &ChunkId) -> bool {
+        self.wounded.lock().remove(id)
+    }
+}
