@@ -1,0 +1,332 @@
+//! What a daemon does for each request.
+
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+use std::time::Duration;
+
+use lazyimg_chunkstore::{ChunkSpec, CopyPlace, FetchError, MountStats, ReadError, VerifyScope};
+
+use super::Daemon;
+use super::connection::Progress;
+use super::mounts::Mounted;
+use crate::errno::chain;
+use crate::meta::Metadata;
+use crate::mount::{MountError, TreeMount};
+use crate::mountpoint::{self, MountpointError, Unmount};
+use crate::opener::OpenedImage;
+use crate::protocol::{
+    ErrorCode, MAX_FAILURES, MountRequest, Reply, Request, StatusReport, VerifyReport, WirePath,
+};
+use crate::tree::{TreeFs, TreeOptions};
+
+/// Chunks that a verification asks for at once: some 16 MiB.
+const VERIFY_BATCH: usize = 64;
+
+/// How long an unmount waits for the session's end, which nothing should delay.
+const UNMOUNT_PATIENCE: Duration = Duration::from_secs(5);
+
+/// Why a request failed.
+#[derive(Debug)]
+pub(super) struct Refusal {
+    pub code: ErrorCode,
+    pub message: String,
+}
+
+impl Refusal {
+    fn new(code: ErrorCode, message: impl Into<String>) -> Self {
+        Self {
+            code,
+            message: message.into(),
+        }
+    }
+
+    fn internal(error: impl std::error::Error + 'static) -> Self {
+        Self::new(ErrorCode::Internal, chain(&error))
+    }
+}
+
+impl From<MountpointError> for Refusal {
+    fn from(error: MountpointError) -> Self {
+        let code = match &error {
+            MountpointError::Busy { .. } => ErrorCode::Busy,
+            MountpointError::NotOurs { .. } => ErrorCode::NotMounted,
+            _ => ErrorCode::Mount,
+        };
+        Self::new(code, error.to_string())
+    }
+}
+
+impl From<MountError> for Refusal {
+    fn from(error: MountError) -> Self {
+        Self::new(ErrorCode::Mount, error.to_string())
+    }
+}
+
+impl Daemon {
+    pub(super) async fn handle(self: &Arc<Self>, request: Request, progress: Progress) -> Reply {
+        let outcome = match request {
+            Request::Ping => Ok(Reply::Pong {
+                pid: std::process::id(),
+                version: env!("CARGO_PKG_VERSION").to_owned(),
+            }),
+            Request::Mount(request) => self.mount(*request).await,
+            Request::Umount {
+                dir,
+                how,
+                namespace,
+            } => self.umount(dir.0, how, &namespace).await,
+            Request::Status => self.status().await,
+            Request::Verify { dir, tiers } => self.verify(dir.0, tiers, progress).await,
+            Request::Stop => {
+                self.stopping.store(true, Ordering::SeqCst);
+                self.changed.notify_one();
+                Ok(Reply::Stopping)
+            }
+        };
+        outcome.unwrap_or_else(|Refusal { code, message }| Reply::Error { code, message })
+    }
+
+    fn check_namespace(&self, theirs: &str) -> Result<(), Refusal> {
+        if theirs == self.namespace {
+            return Ok(());
+        }
+        Err(Refusal::new(
+            ErrorCode::Namespace,
+            format!(
+                "the daemon of the cache {} lives in another mount namespace ({} instead of {theirs}), where a mount \
+                 would not be seen from here: choose another --cache-dir in this namespace",
+                self.options.cache_dir.display(),
+                self.namespace
+            ),
+        ))
+    }
+
+    /// Mounts an image; [`Reply::Mounted`].
+    pub(super) async fn mount(self: &Arc<Self>, request: MountRequest) -> Result<Reply, Refusal> {
+        self.check_namespace(&request.namespace)?;
+        if self.stopping.load(Ordering::SeqCst) {
+            return Err(Refusal::new(
+                ErrorCode::Again,
+                "this daemon is about to end",
+            ));
+        }
+        let wanted = request.dir.0.clone();
+        let dir = blocking(move || mountpoint::resolve(&wanted)).await??;
+        let _claim = self.mounts.claim(&dir).ok_or_else(|| {
+            Refusal::new(
+                ErrorCode::Busy,
+                format!("{} is being mounted at already", dir.display()),
+            )
+        })?;
+        let prepared = dir.clone();
+        let (prepared, opened, store) = tokio::join!(
+            blocking(move || mountpoint::prepare(&prepared)),
+            self.options.opener.open(&request),
+            self.store(),
+        );
+        let note = prepared??;
+        let OpenedImage { view, tiers, early } =
+            opened.map_err(|e| Refusal::new(e.code, e.message))?;
+        let store = store.map_err(|e| Refusal::new(ErrorCode::Cache, e))?;
+        let store = store.image(tiers, Arc::new(MountStats::new()));
+        store.accept(early);
+        let view = Arc::new(view);
+        let options = TreeOptions::from(&request.tree);
+        let metadata = Arc::new(Metadata::new(
+            view.meta(),
+            store.clone(),
+            options.read_timeout,
+        ));
+        let loading = Arc::clone(&metadata);
+        let loader = tokio::spawn(async move { loading.load().await }).abort_handle();
+        let mounted = Arc::new(Mounted::new(
+            request.image.clone(),
+            dir.clone(),
+            view,
+            store,
+            metadata,
+            loader,
+        ));
+        let digest = mounted.view.image;
+        let number = self.mounts.add(Arc::clone(&mounted));
+        let (daemon, starting) = (Arc::clone(self), Arc::clone(&mounted));
+        let started = blocking(move || daemon.start(&starting, number, &request, options)).await;
+        if let Err(refusal) = started.and_then(|r| r) {
+            self.mounts.remove(number);
+            return Err(refusal);
+        }
+        tracing::info!(mount = %dir.display(), %digest, "mounted");
+        Ok(Reply::Mounted {
+            digest,
+            dir: WirePath(dir),
+            note,
+        })
+    }
+
+    /// The part of mounting that blocks.
+    fn start(
+        self: &Arc<Self>,
+        mounted: &Arc<Mounted>,
+        number: u64,
+        request: &MountRequest,
+        options: TreeOptions,
+    ) -> Result<(), Refusal> {
+        let tree = TreeFs::open(
+            &mounted.dir.to_string_lossy(),
+            Arc::clone(&mounted.metadata),
+            Arc::clone(&mounted.view),
+            mounted.store.clone(),
+            options,
+            self.runtime.clone(),
+        )
+        .map_err(|e| {
+            let words = format!("the metadata of {}: {}", request.image, chain(&e));
+            Refusal::new(code_of(&e), words)
+        })?;
+        let daemon = Arc::clone(self);
+        let at_end = move || {
+            daemon.mounts.remove(number);
+            daemon.changed.notify_one();
+        };
+        mounted.began(TreeMount::start(
+            tree,
+            &mounted.dir,
+            &request.image,
+            &request.flags,
+            at_end,
+        )?);
+        Ok(())
+    }
+
+    async fn umount(&self, dir: PathBuf, how: Unmount, namespace: &str) -> Result<Reply, Refusal> {
+        self.check_namespace(namespace)?;
+        let mounted = self.mounted_at(dir).await?;
+        let in_use = blocking(move || {
+            mounted.unmount(how)?;
+            // After a lazy one only files that are open hold it.
+            let patience = if how == Unmount::Lazy {
+                Duration::from_millis(50)
+            } else {
+                UNMOUNT_PATIENCE
+            };
+            Ok::<_, Refusal>(!mounted.mount().wait(patience))
+        })
+        .await??;
+        Ok(Reply::Unmounted { in_use })
+    }
+
+    async fn mounted_at(&self, dir: PathBuf) -> Result<Arc<Mounted>, Refusal> {
+        let dir = blocking(move || mountpoint::resolve(&dir)).await??;
+        self.mounts.at(&dir).ok_or_else(|| {
+            Refusal::new(
+                ErrorCode::NotMounted,
+                format!("this daemon has nothing mounted at {}", dir.display()),
+            )
+        })
+    }
+
+    async fn status(&self) -> Result<Reply, Refusal> {
+        let mounts = self.mounts.all();
+        let mounts = blocking(move || mounts.iter().map(|m| m.status()).collect()).await?;
+        let cache = self
+            .store
+            .get()
+            .and_then(|store| store.cache().map(|cache| cache.stats()));
+        Ok(Reply::Status(Box::new(StatusReport {
+            pid: std::process::id(),
+            version: env!("CARGO_PKG_VERSION").to_owned(),
+            cache_dir: WirePath(self.options.cache_dir.clone()),
+            uptime_ms: u64::try_from(self.started.elapsed().as_millis()).unwrap_or(u64::MAX),
+            cache,
+            mounts,
+        })))
+    }
+
+    async fn verify(
+        &self,
+        dir: PathBuf,
+        tiers: bool,
+        progress: Progress,
+    ) -> Result<Reply, Refusal> {
+        let mounted = self.mounted_at(dir).await?;
+        let mut seen = std::collections::HashSet::new();
+        let specs: Vec<ChunkSpec> = mounted
+            .view
+            .specs()
+            .filter(|s| seen.insert(*s.id()))
+            .cloned()
+            .collect();
+        let scope = if tiers {
+            VerifyScope::Tiers
+        } else {
+            VerifyScope::CacheFirst
+        };
+        let mut report = VerifyReport::default();
+        for (i, batch) in specs.chunks(VERIFY_BATCH).enumerate() {
+            // A full channel has an older step in it, which will do.
+            if let Err(tokio::sync::mpsc::error::TrySendError::Closed(_)) =
+                progress.try_send(((i * VERIFY_BATCH) as u64, specs.len() as u64))
+            {
+                return Err(Refusal::new(
+                    ErrorCode::Internal,
+                    "nobody waits for the result",
+                ));
+            }
+            for result in mounted.store.verify(batch, scope).await {
+                match result {
+                    Ok(verified) => {
+                        report.good += 1;
+                        report.healed += u64::from(verified.healed);
+                        report.cached += u64::from(verified.copy == CopyPlace::Cache);
+                    }
+                    Err(error) => {
+                        report.bad += 1;
+                        if report.failures.len() < MAX_FAILURES {
+                            report.failures.push(chain(&error));
+                        }
+                    }
+                }
+            }
+        }
+        Ok(Reply::Verified(report))
+    }
+}
+
+/// Runs what blocks where it may.
+async fn blocking<T: Send + 'static>(
+    work: impl FnOnce() -> T + Send + 'static,
+) -> Result<T, Refusal> {
+    tokio::task::spawn_blocking(work)
+        .await
+        .map_err(Refusal::internal)
+}
+
+/// What kind of failure it is when the metadata can't be read.
+fn code_of(error: &(dyn std::error::Error + 'static)) -> ErrorCode {
+    let mut cause = Some(error);
+    while let Some(error) = cause {
+        if let Some(ReadError::Tiers { failures, .. }) = error.downcast_ref() {
+            let codes: Vec<_> = failures.iter().map(|f| fetch_code(&f.error)).collect();
+            let worst = [ErrorCode::Damaged, ErrorCode::Key, ErrorCode::Unreachable];
+            let found = worst.into_iter().find(|code| codes.contains(code));
+            return found.unwrap_or(ErrorCode::Image);
+        }
+        if let Some(ReadError::TimedOut { .. }) = error.downcast_ref() {
+            return ErrorCode::Unreachable;
+        }
+        cause = error.source();
+    }
+    ErrorCode::Image
+}
+
+fn fetch_code(error: &FetchError) -> ErrorCode {
+    match error {
+        FetchError::GaveUp { last, .. } => fetch_code(last),
+        FetchError::Shared(inner) => fetch_code(inner),
+        FetchError::Corrupt(_) | FetchError::NotFound(_) => ErrorCode::Damaged,
+        FetchError::Unauthorized(_) => ErrorCode::Key,
+        FetchError::Unavailable { .. } | FetchError::TimedOut(_) => ErrorCode::Unreachable,
+        FetchError::Invalid(_) => ErrorCode::Image,
+    }
+}
