@@ -1,0 +1,27 @@
+//! End-to-end tests: the real `lazyimg` binary as a black box, between a real registry and the kernel.
+//!
+//! This crate is the harness; the tests are in `tests/tests/`, each file one promise of the issue's
+//! section "What must hold". They need root, `/dev/fuse`, Debian's `docker-registry`, `skopeo`, `umoci`,
+//! `erofs-utils` and the images of `scripts/test-images`; what is missing is a failure with advice,
+//! never a skip. Everything lies below one directory for each test, in `$LAZYIMG_TEST_DIR` or `/var/tmp`,
+//! and goes away with it.
+
+pub mod binary;
+pub mod flip;
+pub mod host;
+pub mod image;
+pub mod lazyimg;
+pub mod process;
+pub mod proxy;
+pub mod registry;
+pub mod runs;
+pub mod sample;
+pub mod tree;
+pub mod workdir;
+
+pub use image::Layout;
+pub use lazyimg::{Lazyimg, Mounted};
+pub use proxy::{Fault, Proxy};
+pub use registry::Registry;
+pub use sample::Sample;
+pub use workdir::WorkDir;
