@@ -235,8 +235,9 @@ async fn run_in(mut options: DaemonOptions, start: Start) -> Result<(), DaemonEr
     let removed = lock.remove_socket(&cache_dir);
     drop(listener);
     daemon.stop_all().await;
-    if let Some(store) = daemon.store.get().cloned() {
-        let _ = tokio::task::spawn_blocking(move || store.flush()).await;
+    // It may still be opening, and must not be when the process ends.
+    if let Ok(store) = daemon.store().await.cloned() {
+        let _ = tokio::task::spawn_blocking(move || store.close()).await;
     }
     if let Err(error) = removed {
         tracing::warn!("the control socket could not be removed: {error}");

@@ -158,7 +158,7 @@ pub fn convert<R: Read + Send>(
             event,
         };
         let small_files = tempfile::tempfile_in(&options.work_dir).map_err(work)?;
-        let mut sink = LayerSink::new(&mut pool, &mut contents, n as u32, small_files);
+        let mut sink = LayerSink::new(&mut pool, &mut contents, &plan, n as u32, small_files);
         LayerReader::read(n as u32, layer, raw, &options.limits, |tar| {
             let name = layer.digest.to_string();
             flatten::apply_layer(
@@ -256,11 +256,7 @@ fn assemble(
         .map(|c| entry(c.blocks as u32, c.ticket))
         .collect();
     let spool = pool.spool()?;
-    let digests = packs
-        .pieces()
-        .iter()
-        .map(|p| packs::digest(&spool, p))
-        .collect::<io::Result<Vec<_>>>()?;
+    let digests = packs::digests(&spool, packs.pieces(), options.threads)?;
     let (files, file_bytes) = count_files(tree);
     let header = Header {
         meta_len: metadata.len() as u64,

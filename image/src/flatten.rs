@@ -43,6 +43,10 @@ pub trait ContentSink {
     /// Why the sink can't take any more.
     type Error: Error + Send + Sync + 'static;
 
+    /// An entry begins, of any kind, under this name of the layer's own: for sinks to which the order
+    /// matters.
+    fn entry(&mut self, _path: &[u8]) {}
+
     /// A regular file's body begins; `size` is its apparent size in bytes, above 0.
     ///
     /// # Errors
@@ -132,6 +136,7 @@ pub fn apply_layer<R: Read, S: ContentSink>(
             Err(e) => return Err(FlattenError::tar(layer, name, e)),
         };
         let path = entry.path.clone();
+        sink.entry(&path);
         apply
             .entry(entry, &mut reader, sink)
             .map_err(|problem| match problem {

@@ -13,6 +13,7 @@
 //! offsets, and no chunk. A file whose content a lower layer (or an earlier path) has is given that
 //! range, and has none of its own.
 
+mod ahead;
 mod cutter;
 mod plan;
 mod sink;

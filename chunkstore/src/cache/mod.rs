@@ -151,7 +151,8 @@ pub struct HostCache {
     shared: Arc<Shared>,
     room: Arc<Semaphore>,
     jobs: mpsc::Sender<Job>,
-    writer: Option<JoinHandle<()>>,
+    /// Until [`HostCache::close`].
+    writer: Mutex<Option<JoinHandle<()>>>,
 }
 
 /// A copy in the cache.
@@ -197,7 +198,11 @@ impl HostCache {
         });
         let (jobs, queue) = mpsc::channel();
         let mut writer = writer::Writer::new(Arc::clone(&shared), dir, &options);
-        writer.begin();
+        // In a cache without segments there is nothing to find: the writer's thread makes the index
+        // while the first chunks come. It syncs files a dozen times, which takes longer than a mount.
+        if shared.segments.cost().1 > 0 {
+            writer.begin();
+        }
         let path_for_error = writer.path().to_owned();
         let writer = std::thread::Builder::new()
             .name("lazyimg-cache".to_owned())
@@ -211,7 +216,7 @@ impl HostCache {
             shared,
             room: Arc::new(Semaphore::new(QUEUE_BYTES)),
             jobs,
-            writer: Some(writer),
+            writer: Mutex::new(Some(writer)),
         })
     }
 
@@ -294,7 +299,12 @@ impl HostCache {
             .lock()
             .insert(*id, ciphertext.clone())
             .is_some();
-        known || self.jobs.send(Job::Put(*id, ciphertext, permit)).is_ok()
+        let queued = known || self.jobs.send(Job::Put(*id, ciphertext, permit)).is_ok();
+        if !queued {
+            // Closed: nobody will take it out again.
+            self.shared.pending.lock().remove(id);
+        }
+        queued
     }
 
     /// Forgets a copy that the caller found bad; whether there was one.
@@ -321,6 +331,21 @@ impl HostCache {
         let (done, wait) = mpsc::sync_channel(1);
         if self.jobs.send(Job::Flush(done)).is_ok() {
             let _ = wait.recv();
+        }
+    }
+
+    /// Writes what is queued, notes the order of use, and closes the index and the directory's lock;
+    /// from then on everything is a miss and nothing is kept. Dropping the cache does the same. A
+    /// process must do one of them before it ends: RocksDB's threads don't survive the end of its
+    /// static data.
+    pub fn close(&self) {
+        let Some(writer) = self.writer.lock().take() else {
+            return;
+        };
+        self.shared.stopping.store(true, Relaxed);
+        let _ = self.jobs.send(Job::Stop);
+        if writer.join().is_err() {
+            tracing::error!("the cache's writer had panicked");
         }
     }
 
@@ -372,13 +397,7 @@ impl HostCache {
 
 impl Drop for HostCache {
     fn drop(&mut self) {
-        self.shared.stopping.store(true, Relaxed);
-        let _ = self.jobs.send(Job::Stop);
-        if let Some(writer) = self.writer.take()
-            && writer.join().is_err()
-        {
-            tracing::error!("the cache's writer had panicked");
-        }
+        self.close();
     }
 }
 

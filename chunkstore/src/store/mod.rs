@@ -143,6 +143,13 @@ impl Store {
             cache.flush();
         }
     }
+
+    /// Closes the host cache ([`HostCache::close`]), whoever still holds this store.
+    pub fn close(&self) {
+        if let Some(cache) = &self.host.cache {
+            cache.close();
+        }
+    }
 }
 
 impl ImageStore {

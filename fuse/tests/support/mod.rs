@@ -159,6 +159,8 @@ impl Drop for Mounted {
         if let Some(runtime) = self.runtime.take() {
             runtime.shutdown_background();
         }
+        // Tasks that are left may hold the store a little longer than this process lives.
+        self.host.close();
     }
 }
 

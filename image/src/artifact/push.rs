@@ -5,7 +5,7 @@ use std::os::unix::fs::FileExt;
 use std::sync::Arc;
 
 use bytes::Bytes;
-use futures_util::stream;
+use futures_util::stream::{self, StreamExt, TryStreamExt};
 use lazyimg_convergent::{Digest, TenantKey};
 
 use super::{
@@ -41,6 +41,9 @@ pub struct Pushed {
     pub manifest_bytes: u64,
 }
 
+/// Packs uploaded at once: while one is sent, another is hashed or synced at the other end.
+const UPLOADS: usize = 3;
+
 /// Bytes that are read from the spool and sent in one piece.
 const SEND_LEN: u64 = 1 << 20;
 
@@ -59,16 +62,25 @@ pub async fn push(
     let total = form.manifest.packs.iter().map(|p| p.len).sum();
     event(PushEvent::Total(total));
     let spool = Arc::new(form.spool.try_clone()?);
-    let (mut uploaded_bytes, mut uploaded_packs, mut uploaded_chunks) = (0, 0, 0);
-    for (pack, pieces) in form.manifest.packs.iter().zip(&form.pieces) {
-        if !repo.blob_exists(&pack.digest).await? {
-            let body = pack_stream(spool.clone(), packs::joined(pieces));
-            repo.push_blob(&pack.digest, pack.len, body).await?;
-            uploaded_bytes += pack.len;
-            uploaded_packs += 1;
-            uploaded_chunks += pieces.pieces.len() as u64;
+    let uploads = form.manifest.packs.iter().zip(&form.pieces);
+    let uploads = stream::iter(uploads.map(|(pack, pieces)| {
+        let spool = spool.clone();
+        async move {
+            let missing = !repo.blob_exists(&pack.digest).await?;
+            if missing {
+                let body = pack_stream(spool, packs::joined(pieces));
+                repo.push_blob(&pack.digest, pack.len, body).await?;
+            }
+            event(PushEvent::Done(pack.len));
+            Ok::<_, ArtifactError>(missing.then_some((pack.len, pieces.pieces.len() as u64)))
         }
-        event(PushEvent::Done(pack.len));
+    }));
+    let done: Vec<_> = uploads.buffer_unordered(UPLOADS).try_collect().await?;
+    let (mut uploaded_bytes, mut uploaded_packs, mut uploaded_chunks) = (0, 0, 0);
+    for (bytes, chunks) in done.into_iter().flatten() {
+        uploaded_bytes += bytes;
+        uploaded_packs += 1;
+        uploaded_chunks += chunks;
     }
     let artifact = push_manifest(repo, &form.manifest, subject, tag).await?;
     Ok(Pushed {

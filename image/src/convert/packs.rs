@@ -9,6 +9,7 @@ use std::collections::HashMap;
 use std::fs::File;
 use std::io;
 use std::os::unix::fs::FileExt;
+use std::sync::atomic::{AtomicUsize, Ordering};
 
 use lazyimg_convergent::{ChunkId, Digest};
 use sha2::{Digest as _, Sha256};
@@ -84,11 +85,39 @@ impl Packs {
 /// Length of the reads of [`digest`] in bytes.
 const READ_LEN: usize = 1 << 20;
 
-/// The blob digest of a pack.
+/// The blob digests of all packs, in their order, computed on `threads` threads.
 ///
 /// # Errors
-/// When the spool can't be read.
-pub fn digest(spool: &File, pack: &PackPieces) -> io::Result<Pack> {
+/// When the spool can't be read, or no thread can be made.
+pub fn digests(spool: &File, packs: &[PackPieces], threads: usize) -> io::Result<Vec<Pack>> {
+    let next = AtomicUsize::new(0);
+    let work = || {
+        let mut done = Vec::new();
+        loop {
+            let at = next.fetch_add(1, Ordering::Relaxed);
+            match packs.get(at) {
+                Some(pack) => done.push((at, digest(spool, pack)?)),
+                None => return io::Result::Ok(done),
+            }
+        }
+    };
+    let mut all = std::thread::scope(|scope| {
+        let helpers = (1..threads.min(packs.len()))
+            .map(|_| std::thread::Builder::new().spawn_scoped(scope, work))
+            .collect::<io::Result<Vec<_>>>()?;
+        let mut all = work()?;
+        for helper in helpers {
+            let failed = |_| io::Error::other("a hashing thread panicked");
+            all.extend(helper.join().map_err(failed)??);
+        }
+        io::Result::Ok(all)
+    })?;
+    all.sort_unstable_by_key(|(at, _)| *at);
+    Ok(all.into_iter().map(|(_, pack)| pack).collect())
+}
+
+/// The blob digest of a pack.
+fn digest(spool: &File, pack: &PackPieces) -> io::Result<Pack> {
     let mut hash = Sha256::new();
     let mut buf = vec![0; READ_LEN];
     for &(at, len) in &joined(pack) {

@@ -6,6 +6,7 @@ use std::io;
 use crate::manifest::BLOCK;
 use crate::tree::{ContentId, Kind, Tree};
 
+use super::ahead::Key;
 use super::sink::SmallFiles;
 use super::{Body, ChunkEncoder, Contents, LARGE, PackCutter, Ticket, blocks};
 
@@ -53,7 +54,7 @@ struct Place {
 pub struct Plan {
     groups: Vec<Group>,
     /// Content hash and size → where the first content of that kind lies.
-    places: HashMap<([u8; 32], u64), Place>,
+    places: HashMap<Key, Place>,
 }
 
 /// The data space: what the final tree refers to.
@@ -91,7 +92,7 @@ impl Plan {
             };
             let content = contents.get(id);
             let key = (content.hash, content.size);
-            if content.layer != layer || self.places.contains_key(&key) || pack.holds(&key) {
+            if content.layer != layer || self.holds(&key) || pack.holds(&key) {
                 continue;
             }
             match &content.body {
@@ -113,6 +114,11 @@ impl Plan {
         let last = pack.end(&mut self.groups, encoder)?;
         self.places.extend(last);
         Ok(())
+    }
+
+    /// Whether a layer laid out so far has this content.
+    pub(super) fn holds(&self, key: &Key) -> bool {
+        self.places.contains_key(key)
     }
 
     /// The groups in order.
@@ -209,16 +215,17 @@ fn large_cuts(size: u64, tickets: &std::collections::BTreeMap<u64, Ticket>) -> V
     cuts
 }
 
-type Key = ([u8; 32], u64);
-
 /// The pack of small files that is being filled.
 struct Pack<'a> {
     layer: u32,
     small: &'a SmallFiles,
     cutter: PackCutter,
-    plain: Vec<u8>,
+    /// Its files in order: content, and where the bytes are.
+    files: Vec<(Key, u64)>,
     /// Content → its block in the pack.
     members: HashMap<Key, u64>,
+    /// Length in blocks.
+    blocks: u64,
 }
 
 impl<'a> Pack<'a> {
@@ -227,8 +234,9 @@ impl<'a> Pack<'a> {
             layer,
             small,
             cutter: PackCutter::default(),
-            plain: Vec::new(),
+            files: Vec::new(),
             members: HashMap::new(),
+            blocks: 0,
         }
     }
 
@@ -245,11 +253,9 @@ impl<'a> Pack<'a> {
         if self.cutter.overflows(padded) {
             ended = self.end(groups, encoder)?;
         }
-        let start = self.plain.len();
-        self.plain.resize(start + padded as usize, 0);
-        let body = &mut self.plain[start..start + key.1 as usize];
-        self.small.read(at, body).map_err(PlanError::Spool)?;
-        self.members.insert(key, start as u64 / BLOCK);
+        self.files.push((key, at));
+        self.members.insert(key, self.blocks);
+        self.blocks += blocks(key.1);
         if self.cutter.add(padded, &key.0) {
             ended.extend(self.end(groups, encoder)?);
         }
@@ -268,21 +274,38 @@ impl<'a> Pack<'a> {
         encoder: &mut E,
     ) -> Result<Vec<(Key, Place)>, PlanError> {
         self.cutter.reset();
-        if self.members.is_empty() {
+        if self.files.is_empty() {
             return Ok(Vec::new());
         }
+        let ticket = match self.small.encoded(self.files.iter().map(|(key, _)| key)) {
+            Some(ticket) => ticket,
+            None => encoder.encode(self.read()?).map_err(PlanError::Encode)?,
+        };
+        self.files.clear();
         let group = groups.len() as u32;
-        let plain = std::mem::take(&mut self.plain);
-        let blocks = plain.len() as u64 / BLOCK;
-        let ticket = Some(encoder.encode(plain).map_err(PlanError::Encode)?);
         groups.push(Group {
             layer: self.layer,
-            cuts: vec![Cut { blocks, ticket }],
+            cuts: vec![Cut {
+                blocks: std::mem::take(&mut self.blocks),
+                ticket: Some(ticket),
+            }],
         });
         Ok(self
             .members
             .drain()
             .map(|(key, block)| (key, Place { group, block }))
             .collect())
+    }
+
+    /// The bytes of its files, each padded to whole blocks.
+    fn read(&self) -> Result<Vec<u8>, PlanError> {
+        let mut plain = Vec::with_capacity((self.blocks * BLOCK) as usize);
+        for ((_, size), at) in &self.files {
+            let start = plain.len();
+            plain.resize(start + (blocks(*size) * BLOCK) as usize, 0);
+            let body = &mut plain[start..start + *size as usize];
+            self.small.read(*at, body).map_err(PlanError::Spool)?;
+        }
+        Ok(plain)
     }
 }

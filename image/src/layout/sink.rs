@@ -1,7 +1,8 @@
 //! Takes the bodies of one layer's files as they stream by.
 //!
 //! Large files are cut and handed to the encoder at once, small ones wait in a spool file until
-//! the layer's end, when the path order is known.
+//! the layer's end, when the path order is known. Since most layers have their entries in that order,
+//! packs are also encoded ahead ([`Ahead`]), so that encoders don't idle until then.
 
 use std::collections::BTreeMap;
 use std::fs::File;
@@ -11,7 +12,8 @@ use std::os::unix::fs::FileExt;
 use crate::flatten::ContentSink;
 use crate::tree::ContentId;
 
-use super::{ChunkEncoder, LARGE, Ticket, blocks, is_zero};
+use super::ahead::{Ahead, Key};
+use super::{ChunkEncoder, LARGE, Plan, Ticket, blocks, is_zero};
 
 /// Why a file's body could not be taken.
 #[derive(Debug, thiserror::Error)]
@@ -30,7 +32,8 @@ pub enum SinkError {
 /// One file's content.
 #[derive(Debug)]
 pub struct Content {
-    /// BLAKE3 over size and non-zero windows: equal for equal bytes, however the layer wrote them.
+    /// BLAKE3 over non-zero windows, their places and the size: equal for equal bytes, however the
+    /// layer wrote them.
     pub hash: [u8; 32],
     /// Length in bytes, holes included.
     pub size: u64,
@@ -82,6 +85,9 @@ pub struct LayerSink<'a, E> {
     spool: BufWriter<File>,
     spool_len: u64,
     current: Current,
+    /// The layers below.
+    below: &'a Plan,
+    ahead: Ahead,
 }
 
 /// The file that is being taken.
@@ -92,19 +98,27 @@ struct Current {
     index: Option<u64>,
     window: Vec<u8>,
     tickets: BTreeMap<u64, Ticket>,
-    all_zero: bool,
+    /// Indexes of the windows that are not all zeros.
+    filled: Vec<u64>,
 }
 
 impl<'a, E: ChunkEncoder> LayerSink<'a, E> {
-    /// A sink for layer `layer`; `spool` is an empty file for the layer's small files.
-    pub fn new(encoder: &'a mut E, contents: &'a mut Contents, layer: u32, spool: File) -> Self {
+    /// A sink for layer `layer` above those of `below`; `spool` is an empty file for the layer's small
+    /// files.
+    pub fn new(
+        encoder: &'a mut E,
+        contents: &'a mut Contents,
+        below: &'a Plan,
+        layer: u32,
+        spool: File,
+    ) -> Self {
         let current = Current {
             size: 0,
             hash: blake3::Hasher::new(),
             index: None,
             window: Vec::new(),
             tickets: BTreeMap::new(),
-            all_zero: true,
+            filled: Vec::new(),
         };
         Self {
             encoder,
@@ -113,19 +127,25 @@ impl<'a, E: ChunkEncoder> LayerSink<'a, E> {
             spool: BufWriter::with_capacity(1 << 20, spool),
             spool_len: 0,
             current,
+            below,
+            ahead: Ahead::default(),
         }
     }
 
     /// The layer is complete: the spool, to read small files back from.
     ///
     /// # Errors
-    /// When the spool can't be written.
-    pub fn into_spool(self) -> Result<SmallFiles, SinkError> {
+    /// When the spool can't be written, or an encoder failed.
+    pub fn into_spool(mut self) -> Result<SmallFiles, SinkError> {
+        self.ahead.end(self.encoder).map_err(SinkError::Encode)?;
         let file = self
             .spool
             .into_inner()
             .map_err(|e| SinkError::Spool(e.into_error()))?;
-        Ok(SmallFiles(file))
+        Ok(SmallFiles {
+            file,
+            ahead: self.ahead,
+        })
     }
 
     /// Ends the current window: hashed, and encoded if the file is large.
@@ -138,8 +158,7 @@ impl<'a, E: ChunkEncoder> LayerSink<'a, E> {
             self.current.window = window;
             return Ok(());
         }
-        self.current.all_zero = false;
-        self.current.hash.update(&index.to_le_bytes());
+        self.current.filled.push(index);
         self.current.hash.update(&window);
         if self.current.size >= LARGE {
             let mut plain = window;
@@ -157,14 +176,17 @@ impl<'a, E: ChunkEncoder> LayerSink<'a, E> {
 impl<E: ChunkEncoder> ContentSink for LayerSink<'_, E> {
     type Error = SinkError;
 
+    fn entry(&mut self, path: &[u8]) {
+        self.ahead.entry(path);
+    }
+
     fn begin(&mut self, size: u64) -> Result<(), SinkError> {
         let current = &mut self.current;
         current.size = size;
         current.hash.reset();
-        current.hash.update(&size.to_le_bytes());
         current.index = None;
         current.tickets.clear();
-        current.all_zero = true;
+        current.filled.clear();
         Ok(())
     }
 
@@ -190,19 +212,26 @@ impl<E: ChunkEncoder> ContentSink for LayerSink<'_, E> {
     fn finish(&mut self) -> Result<ContentId, SinkError> {
         self.flush_window()?;
         let current = &mut self.current;
-        let body = if current.all_zero {
+        let hash = current.finish_hash();
+        let body = if current.filled.is_empty() {
             Body::Zero
         } else if current.size >= LARGE {
             Body::Large(std::mem::take(&mut current.tickets))
         } else {
+            let key = (hash, current.size);
+            if !self.below.holds(&key) {
+                self.ahead
+                    .add(key, &current.window, self.encoder)
+                    .map_err(SinkError::Encode)?;
+            }
             let at = self.spool_len;
             self.spool_len += current.size;
             Body::Small(at)
         };
         let id = u32::try_from(self.contents.all.len()).map_err(|_| SinkError::TooMany)?;
         self.contents.all.push(Content {
-            hash: *current.hash.finalize().as_bytes(),
-            size: current.size,
+            hash,
+            size: self.current.size,
             layer: self.layer,
             body,
         });
@@ -210,9 +239,23 @@ impl<E: ChunkEncoder> ContentSink for LayerSink<'_, E> {
     }
 }
 
+impl Current {
+    /// The bytes come first in the hash, so that BLAKE3 takes them in whole aligned pieces.
+    fn finish_hash(&mut self) -> [u8; 32] {
+        for index in &self.filled {
+            self.hash.update(&index.to_le_bytes());
+        }
+        self.hash.update(&(self.filled.len() as u64).to_le_bytes());
+        self.hash.update(&self.size.to_le_bytes());
+        *self.hash.finalize().as_bytes()
+    }
+}
+
 /// The small files of a layer, to be read back in path order.
-#[derive(Debug)]
-pub struct SmallFiles(File);
+pub struct SmallFiles {
+    file: File,
+    ahead: Ahead,
+}
 
 impl SmallFiles {
     /// Reads the whole file at `offset` into `buf`.
@@ -220,6 +263,11 @@ impl SmallFiles {
     /// # Errors
     /// When the spool can't be read.
     pub fn read(&self, offset: u64, buf: &mut [u8]) -> io::Result<()> {
-        self.0.read_exact_at(buf, offset)
+        self.file.read_exact_at(buf, offset)
+    }
+
+    /// The chunk of a pack of exactly these contents, if it was encoded ahead.
+    pub fn encoded<'a>(&self, members: impl Iterator<Item = &'a Key>) -> Option<Ticket> {
+        self.ahead.find(members)
     }
 }

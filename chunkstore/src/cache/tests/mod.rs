@@ -167,3 +167,38 @@ fn a_cache_too_small_to_be_one_is_refused() {
         Err(CacheError::TooSmall { .. })
     ));
 }
+
+#[test]
+fn a_closed_cache_keeps_nothing_more_and_has_written_what_was_queued() {
+    let dir = tempfile::tempdir().unwrap();
+    let cache = HostCache::open(dir.path(), small()).unwrap();
+    let (id, bytes) = stored(1, 5000);
+    put(&cache, &id, &bytes);
+    cache.close();
+    cache.close();
+    let (later, more) = stored(2, 5000);
+    assert!(!cache.put(&later, more));
+    assert!(!cache.contains(&later));
+    assert!(cache.get(&id).is_none(), "the index is closed");
+    // Another may have the directory although the first still exists.
+    let again = HostCache::open(dir.path(), small()).unwrap();
+    assert_eq!(again.get(&id), Some(bytes));
+}
+
+#[test]
+fn chunks_put_while_a_new_cache_makes_its_index_are_there_at_once_and_stay() {
+    for round in 0..5 {
+        let dir = tempfile::tempdir().unwrap();
+        let cache = HostCache::open(dir.path(), small()).unwrap();
+        let chunks: Vec<_> = (0..20).map(|n| stored(100 * round + n, 20_000)).collect();
+        for (id, bytes) in &chunks {
+            assert!(cache.put(id, bytes.clone()));
+            assert_eq!(cache.get(id).as_ref(), Some(bytes));
+        }
+        drop(cache);
+        let cache = HostCache::open(dir.path(), small()).unwrap();
+        for (id, bytes) in &chunks {
+            assert_eq!(cache.get(id).as_ref(), Some(bytes));
+        }
+    }
+}
