@@ -59,6 +59,15 @@ impl FetchError {
         }
     }
 
+    /// The failure itself, without what was said of its retries and of who shares it.
+    pub fn root(&self) -> &FetchError {
+        match self {
+            Self::GaveUp { last, .. } => last.root(),
+            Self::Shared(error) => error.root(),
+            other => other,
+        }
+    }
+
     /// Whether the same request to the same tier may succeed a moment later.
     pub fn is_retryable(&self) -> bool {
         match self {
@@ -137,6 +146,23 @@ impl ReadError {
             | Self::Abandoned { id } => id,
         }
     }
+
+    /// Whether this says that the chunk is damaged or gone: no tier has good bytes of it, or its
+    /// manifest is wrong. Otherwise it could not be had now, and what it is like is not known.
+    pub fn is_damage(&self) -> bool {
+        match self {
+            Self::Undecryptable { .. } | Self::BadSpec { .. } => true,
+            Self::TimedOut { .. } | Self::Abandoned { .. } => false,
+            Self::Tiers { failures, .. } => {
+                let mut roots = failures.iter().map(|f| f.error.root());
+                let corrupt = |e: &FetchError| matches!(e, FetchError::Corrupt(_));
+                let no_hope = |e: &FetchError| {
+                    matches!(e, FetchError::NotFound(_) | FetchError::Invalid(_)) || corrupt(e)
+                };
+                roots.clone().any(corrupt) || (!failures.is_empty() && roots.all(no_hope))
+            }
+        }
+    }
 }
 
 fn list(failures: &[TierFailure]) -> String {
@@ -164,4 +190,53 @@ fn chain(error: &(dyn std::error::Error + 'static)) -> String {
         cause = error.source();
     }
     text
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn failed(errors: Vec<FetchError>) -> ReadError {
+        let failure = |error| TierFailure {
+            tier: "t".to_owned(),
+            error: Arc::new(FetchError::Shared(Arc::new(FetchError::GaveUp {
+                attempts: 2,
+                last: Box::new(error),
+            }))),
+        };
+        ReadError::Tiers {
+            id: ChunkId([1; 32]),
+            failures: errors.into_iter().map(failure).collect(),
+        }
+    }
+
+    #[test]
+    fn only_what_is_known_to_be_bad_or_gone_is_damage() {
+        let corrupt = || FetchError::Corrupt("x".to_owned());
+        let gone = || FetchError::NotFound("x".to_owned());
+        let refused = || FetchError::Unauthorized("x".to_owned());
+        let late = || FetchError::TimedOut(Duration::from_secs(1));
+        for (errors, damage) in [
+            (vec![corrupt()], true),
+            (vec![gone()], true),
+            (vec![gone(), corrupt()], true),
+            (vec![corrupt(), FetchError::unavailable("down")], true),
+            (vec![FetchError::Invalid("x".to_owned())], true),
+            (vec![FetchError::unavailable("down")], false),
+            (vec![late()], false),
+            (vec![refused()], false),
+            // A near store that never had it says nothing of the far one that is down.
+            (vec![gone(), FetchError::unavailable("down")], false),
+            (vec![], false),
+        ] {
+            let error = failed(errors);
+            assert_eq!(error.is_damage(), damage, "{error}");
+        }
+        assert!(
+            !ReadError::Abandoned {
+                id: ChunkId([1; 32])
+            }
+            .is_damage()
+        );
+    }
 }

@@ -28,5 +28,5 @@ pub use hot::HotCache;
 pub use origin::{OriginOptions, PackOrigin};
 pub use spec::{ChunkRef, ChunkSpec, PackRange};
 pub use stats::{HitsSnapshot, MountStats, StatsSnapshot, TierSnapshot};
-pub use store::{CopyPlace, ImageStore, Store, StoreOptions, Verified, VerifyScope};
+pub use store::{CopyPlace, ImageStore, MAX_FETCH, Store, StoreOptions, Verified, VerifyScope};
 pub use tier::{BlobRanges, Delivery, Tier};

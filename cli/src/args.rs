@@ -4,6 +4,7 @@
 use std::path::PathBuf;
 
 use clap::{Args, Parser, Subcommand};
+use lazyimg_convergent::salt::MAX_DOMAIN_LEN;
 use lazyimg_image::platform::Platform;
 use lazyimg_image::reference::ImageRef;
 
@@ -26,7 +27,8 @@ Example:
 
 Every --flag-name can also be given as the environment variable LAZYIMG_FLAG_NAME, or as
 `flag-name = value` in the configuration file (--config, by default
-$XDG_CONFIG_HOME/lazyimg/config.toml). The command line wins, then the environment.
+$XDG_CONFIG_HOME/lazyimg/config.toml). The command line wins, then the environment; so it does
+for flags that exclude each other, such as --key-file and --key-command.
 
 Exit codes: 0 done, 1 failed, 2 wrong usage, 3 image not found or not converted,
 4 wrong key or credentials, 5 registry or store can't be reached, 6 damaged data found."
@@ -103,7 +105,7 @@ pub struct Key {
     #[arg(long, value_name = "FILE")]
     pub key_file: Option<PathBuf>,
     /// Shell command that prints the tenant key (64 hex digits), for a KMS.
-    #[arg(long, value_name = "COMMAND", conflicts_with = "key_file")]
+    #[arg(long, value_name = "COMMAND")]
     pub key_command: Option<String>,
 }
 
@@ -111,7 +113,7 @@ pub struct Key {
 #[derive(Debug, Clone, Args)]
 pub struct Salt {
     /// Dedup domain: images of one domain and epoch share chunks.
-    #[arg(long, value_name = "NAME", default_value = "default")]
+    #[arg(long, value_name = "NAME", default_value = "default", value_parser = domain)]
     pub domain: String,
     /// Epoch of the salt. A new epoch shares no chunk with the one before.
     #[arg(long, value_name = "N", default_value_t = 1)]
@@ -121,7 +123,7 @@ pub struct Salt {
     #[arg(long, value_name = "FILE")]
     pub salt_file: Option<PathBuf>,
     /// Shell command that prints the domain's secret (64 hex digits).
-    #[arg(long, value_name = "COMMAND", conflicts_with = "salt_file")]
+    #[arg(long, value_name = "COMMAND")]
     pub salt_command: Option<String>,
 }
 
@@ -206,26 +208,53 @@ pub struct LimitFlags {
     /// Bytes of names, link targets and attributes in the whole tree.
     #[arg(long, value_name = "BYTES")]
     pub max_metadata_bytes: Option<u64>,
+    /// Names looked up on the way to one entry, those inside symbolic links included.
+    #[arg(long, value_name = "N")]
+    pub max_resolve_steps: Option<usize>,
     /// How many times its compressed length a layer may inflate to.
     #[arg(long, value_name = "N")]
     pub max_compression_ratio: Option<u64>,
+    /// Bytes of a layer, uncompressed, to which that ratio does not apply.
+    #[arg(long, value_name = "BYTES")]
+    pub max_compression_slack_bytes: Option<u64>,
     /// Base-2 logarithm of the largest zstd window, in bytes.
     #[arg(long, value_name = "N")]
     pub max_zstd_window_log: Option<u32>,
 }
 
-/// The host cache.
+/// Where the host cache is.
 #[derive(Debug, Clone, Args)]
-pub struct Cache {
-    /// Directory of the host cache [default: $XDG_CACHE_HOME/lazyimg].
+pub struct CacheDir {
+    /// Directory of the host cache [default: the first of $CACHE_DIRECTORY, which systemd sets for
+    /// services with CacheDirectory=, else $XDG_CACHE_HOME/lazyimg].
     #[arg(long, value_name = "DIR")]
     pub cache_dir: Option<PathBuf>,
-    /// The most bytes that the host cache takes on disk.
-    #[arg(long, value_name = "BYTES", default_value_t = 20 << 30)]
-    pub cache_bytes: u64,
-    /// The most bytes of decoded chunks that are kept in memory.
-    #[arg(long, value_name = "BYTES", default_value_t = 16 << 20)]
-    pub hot_bytes: u64,
+}
+
+/// The host cache, for commands that may start its daemon.
+#[derive(Debug, Clone, Args)]
+pub struct Cache {
+    #[command(flatten)]
+    /// Where it is.
+    pub place: CacheDir,
+    /// The most bytes that the host cache takes on disk [default: 21474836480].
+    #[arg(long, value_name = "BYTES")]
+    pub cache_bytes: Option<u64>,
+    /// The most bytes of decoded chunks that are kept in memory [default: 16777216].
+    #[arg(long, value_name = "BYTES")]
+    pub hot_bytes: Option<u64>,
+}
+
+impl Cache {
+    /// The bound on disk of a daemon that begins now.
+    pub fn cache_bytes(&self) -> u64 {
+        self.cache_bytes.unwrap_or(20 << 30)
+    }
+
+    /// The bound in memory of a daemon that begins now.
+    pub fn hot_bytes(&self) -> u64 {
+        self.hot_bytes.unwrap_or(16 << 20)
+    }
 }
 
 /// `lazyimg mount`.
@@ -257,7 +286,8 @@ pub struct Mount {
     #[arg(long)]
     pub foreground: bool,
     /// Seconds after which a read that can't be served ends in an I/O error.
-    #[arg(long, value_name = "SECONDS", default_value_t = 60.0)]
+    #[arg(long, value_name = "SECONDS", value_parser = read_timeout,
+          default_value_t = lazyimg_fuse::tree::READ_TIMEOUT.as_secs_f64())]
     pub read_timeout: f64,
     /// Let set-user-id bits and file capabilities take effect (root only).
     #[arg(long)]
@@ -276,6 +306,11 @@ pub struct Mount {
 
 /// `lazyimg umount`.
 #[derive(Debug, Args)]
+#[command(after_help = "\
+Examples:
+  lazyimg umount /mnt/app
+  lazyimg umount /mnt/app --lazy     at once; open files stay readable until they are closed
+  lazyimg umount --all               what this cache serves, as far as nothing uses it")]
 pub struct Umount {
     /// The mount point.
     #[arg(value_name = "DIR", required_unless_present = "all")]
@@ -287,22 +322,26 @@ pub struct Umount {
     #[arg(long, short)]
     pub lazy: bool,
     /// Detach, and fail what is under way (root only).
-    #[arg(long, conflicts_with = "lazy")]
+    #[arg(long)]
     pub force: bool,
     #[command(flatten)]
     /// The host cache.
-    pub cache: Cache,
+    pub cache: CacheDir,
 }
 
 /// `lazyimg status`.
 #[derive(Debug, Args)]
+#[command(after_help = "\
+Examples:
+  lazyimg status
+  lazyimg status --json | jq '.mounts[] | {mountpoint, fetched_bytes, stored_bytes}'")]
 pub struct Status {
     /// Print JSON.
     #[arg(long)]
     pub json: bool,
     #[command(flatten)]
     /// The host cache.
-    pub cache: Cache,
+    pub cache: CacheDir,
 }
 
 /// `lazyimg inspect`.
@@ -347,7 +386,7 @@ pub struct Verify {
     pub key: Key,
     #[command(flatten)]
     /// The host cache.
-    pub cache: Cache,
+    pub cache: CacheDir,
 }
 
 /// `lazyimg export`.
@@ -378,18 +417,28 @@ pub struct Export {
 /// `lazyimg rotate-key`.
 #[derive(Debug, Args)]
 #[command(after_help = "\
-Example:
-  lazyimg rotate-key 127.0.0.1:5000/app:v1 --new-key-file tenant-2027.key")]
+Examples:
+  lazyimg rotate-key 127.0.0.1:5000/app:v1 --new-key-file tenant-2027.key
+  lazyimg rotate-key 127.0.0.1:5000/app:v1 --new-key-command 'kms-get lazyimg-2027' --delete-old
+
+Both keys open the image until the artifacts under the old one are deleted: --delete-old does that
+once the new one has proved to open, where the registry deletes at all.")]
 pub struct RotateKey {
     /// The image.
     #[arg(value_name = "REF")]
     pub image: ImageRef,
-    /// File with the new tenant key; made if missing.
-    #[arg(long, value_name = "FILE", required_unless_present = "new_key_command")]
+    /// File with the new tenant key; made if missing. This or --new-key-command is needed.
+    #[arg(long, value_name = "FILE")]
     pub new_key_file: Option<PathBuf>,
     /// Shell command that prints the new tenant key.
-    #[arg(long, value_name = "COMMAND", conflicts_with = "new_key_file")]
+    #[arg(long, value_name = "COMMAND")]
     pub new_key_command: Option<String>,
+    /// Delete the artifacts under the old key once the new one is in place and tested.
+    #[arg(long)]
+    pub delete_old: bool,
+    /// Print JSON.
+    #[arg(long)]
+    pub json: bool,
     #[command(flatten)]
     /// Where it comes from.
     pub source: Source,
@@ -400,10 +449,17 @@ pub struct RotateKey {
 
 /// `lazyimg doctor`.
 #[derive(Debug, Args)]
+#[command(after_help = "\
+Examples:
+  lazyimg doctor
+  lazyimg doctor --json | jq -e .ready")]
 pub struct Doctor {
     /// Print JSON.
     #[arg(long)]
     pub json: bool,
+    /// docker's config.json with credentials and credential helpers [default: docker's own places].
+    #[arg(long, value_name = "FILE")]
+    pub docker_config: Option<PathBuf>,
     #[command(flatten)]
     /// Under which key.
     pub key: Key,
@@ -418,4 +474,25 @@ pub struct Daemon {
     #[command(flatten)]
     /// The host cache.
     pub cache: Cache,
+}
+
+fn read_timeout(text: &str) -> Result<f64, String> {
+    let most = lazyimg_fuse::tree::MAX_READ_TIMEOUT.as_secs_f64();
+    let seconds: f64 = text.parse().map_err(|_| "not a number")?;
+    if seconds > 0.0 && seconds <= most {
+        Ok(seconds)
+    } else {
+        Err(format!("give seconds above 0 and up to {most}"))
+    }
+}
+
+/// The name of a dedup domain; it becomes part of a file's name.
+fn domain(name: &str) -> Result<String, String> {
+    let plain = |c: char| c.is_ascii_alphanumeric() || matches!(c, '.' | '_' | '-');
+    if name.is_empty() || name.len() > MAX_DOMAIN_LEN || !name.chars().all(plain) {
+        return Err(format!(
+            "use 1 to {MAX_DOMAIN_LEN} of the characters a-z, A-Z, 0-9, `.`, `_` and `-`"
+        ));
+    }
+    Ok(name.to_owned())
 }

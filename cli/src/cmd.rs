@@ -33,7 +33,7 @@ pub fn run(cli: Cli) -> Result<(), Error> {
         Command::Mount(args) => mount::run(&global, &args),
         Command::Umount(args) => umount::run(&global, &args),
         Command::Status(args) => status::run(&args),
-        Command::Inspect(args) => inspect::run(&args),
+        Command::Inspect(args) => inspect::run(&global, &args),
         Command::Verify(args) => verify::run(&global, &args),
         Command::Export(args) => export::run(&global, &args),
         Command::RotateKey(args) => rotate_key::run(&global, &args),

@@ -1,8 +1,12 @@
 //! The configuration file and environment variables behind every flag.
 //!
 //! The file is one flat TOML table: keys are the long names of flags, for whichever command has
-//! them. Precedence: command line, environment, file, built-in default.
+//! them. Precedence: command line, environment, file, built-in default; [`crate::precedence`] has it
+//! for flags that exclude each other.
 
+use std::error::Error as _;
+use std::ffi::OsStr;
+use std::os::unix::ffi::OsStrExt;
 use std::path::{Path, PathBuf};
 
 use clap::builder::FalseyValueParser;
@@ -47,25 +51,38 @@ pub enum ConfigError {
     },
     /// Tables, arrays and dates are no values of a flag.
     #[error("configuration file {path}: `{key}` must be a string, a number or true/false")]
-    BadValue {
+    NoValue {
         /// The file.
         path: PathBuf,
         /// The key.
         key: String,
     },
+    /// Not a value of this flag.
+    #[error("configuration file {path}: `{key}` can't be {value:?}: {reason}")]
+    BadValue {
+        /// The file.
+        path: PathBuf,
+        /// The key.
+        key: String,
+        /// What it was set to.
+        value: String,
+        /// What is wrong with it.
+        reason: String,
+    },
 }
 
-/// The command with environment variables and the configuration file as defaults.
+/// The command with environment variables and the configuration file as defaults, and the place of
+/// that file.
 ///
 /// # Errors
 /// A configuration file that exists and can't be used.
-pub fn command_with_defaults() -> Result<Command, ConfigError> {
+pub fn command_with_defaults() -> Result<(Command, Option<PathBuf>), ConfigError> {
     let command = Cli::command();
-    let settings = match find_file() {
-        Some((path, wanted)) => read(&path, wanted)?,
-        None => Vec::new(),
+    let Some((path, wanted)) = find_file() else {
+        return Ok((apply(command, &Vec::new()), None));
     };
-    Ok(apply(command, &settings))
+    let settings = read(&path, wanted)?;
+    Ok((apply(command, &settings), Some(path)))
 }
 
 /// The file, and whether the user asked for it by name.
@@ -90,9 +107,17 @@ pub fn config_dir() -> Option<PathBuf> {
     xdg("XDG_CONFIG_HOME", ".config")
 }
 
-/// `$XDG_CACHE_HOME/lazyimg`, or `~/.cache/lazyimg`.
+/// Where the host cache is when nobody says it: what systemd made for this service
+/// (`CacheDirectory=`), `$XDG_CACHE_HOME/lazyimg`, or `~/.cache/lazyimg`.
 pub fn cache_dir() -> Option<PathBuf> {
-    xdg("XDG_CACHE_HOME", ".cache")
+    let of_service = std::env::var_os("CACHE_DIRECTORY").and_then(|v| first_path(&v));
+    of_service.or_else(|| xdg("XDG_CACHE_HOME", ".cache"))
+}
+
+/// The first of the paths that systemd lists, separated by colons.
+fn first_path(list: &OsStr) -> Option<PathBuf> {
+    let first = list.as_bytes().split(|&b| b == b':').next()?;
+    Some(PathBuf::from(OsStr::from_bytes(first))).filter(|p| p.is_absolute())
 }
 
 fn xdg(variable: &str, under_home: &str) -> Option<PathBuf> {
@@ -127,38 +152,77 @@ fn parse(path: &Path, text: &str) -> Result<Settings, ConfigError> {
         path: path.to_owned(),
         cause: Box::new(e),
     })?;
-    let known = long_names(&Cli::command());
+    let command = Cli::command();
     let mut settings = Settings::new();
     for (key, value) in table {
-        if !known.contains(&key) || NOT_SETTABLE.contains(&key.as_str()) {
+        let arg = find(&command, &key).filter(|_| !NOT_SETTABLE.contains(&key.as_str()));
+        let Some(arg) = arg else {
             return Err(ConfigError::UnknownKey {
                 path: path.to_owned(),
                 key,
             });
-        }
+        };
         let value = match value {
             toml::Value::String(s) => s,
             toml::Value::Integer(i) => i.to_string(),
             toml::Value::Float(f) => f.to_string(),
             toml::Value::Boolean(b) => b.to_string(),
             _ => {
-                return Err(ConfigError::BadValue {
+                return Err(ConfigError::NoValue {
                     path: path.to_owned(),
                     key,
                 });
             }
         };
+        if let Err(reason) = check(arg, &value) {
+            return Err(ConfigError::BadValue {
+                path: path.to_owned(),
+                key,
+                value,
+                reason,
+            });
+        }
         settings.push((key, value));
     }
     Ok(settings)
 }
 
-fn long_names(command: &Command) -> Vec<String> {
-    let own = command
-        .get_arguments()
-        .filter_map(|a| a.get_long().map(str::to_owned));
-    own.chain(command.get_subcommands().flat_map(long_names))
-        .collect()
+/// The flag with this long name, of whichever command has it.
+fn find<'a>(command: &'a Command, long: &str) -> Option<&'a Arg> {
+    let own = command.get_arguments().find(|a| a.get_long() == Some(long));
+    own.or_else(|| command.get_subcommands().find_map(|sub| find(sub, long)))
+}
+
+/// Whether a flag takes this value. Clap itself would name the flag, and not the file.
+fn check(arg: &Arg, value: &str) -> Result<(), String> {
+    if matches!(arg.get_action(), ArgAction::SetTrue) {
+        return match value {
+            "true" | "false" => Ok(()),
+            _ => Err("true or false is needed".into()),
+        };
+    }
+    let alone = Arg::new("value")
+        .long("value")
+        .action(arg.get_action().clone())
+        .value_parser(arg.get_value_parser().clone())
+        .default_value(value.to_owned());
+    let parsed = Command::new("lazyimg")
+        .arg(alone)
+        .try_get_matches_from(["lazyimg"]);
+    parsed.map(|_| ()).map_err(|e| match e.source() {
+        Some(cause) => cause.to_string(),
+        None => "it is not one of the possible values".into(),
+    })
+}
+
+/// A flag's environment variable.
+pub fn variable(long: &str) -> String {
+    format!("LAZYIMG_{}", long.to_ascii_uppercase().replace('-', "_"))
+}
+
+/// An argument's name as the flag that it is.
+pub fn with_dashes(id: &str) -> String {
+    id.replace('_', "-")
 }
 
 fn apply(command: Command, settings: &Settings) -> Command {
@@ -173,12 +237,11 @@ fn with_defaults(arg: Arg, settings: &Settings) -> Arg {
     if NOT_SETTABLE.contains(&long.as_str()) {
         return arg;
     }
-    let variable = format!("LAZYIMG_{}", long.to_ascii_uppercase().replace('-', "_"));
     let arg = match arg.get_action() {
         ArgAction::SetTrue => arg.value_parser(FalseyValueParser::new()),
         _ => arg,
     };
-    let arg = arg.env(variable).hide_env(true);
+    let arg = arg.env(variable(&long)).hide_env(true);
     match settings.iter().find(|(key, _)| *key == long) {
         Some((_, value)) => arg.default_value(value.clone()),
         None => arg,
@@ -186,14 +249,18 @@ fn with_defaults(arg: Arg, settings: &Settings) -> Arg {
 }
 
 #[cfg(test)]
-mod tests {
+pub(crate) mod tests {
     use super::*;
     use clap::FromArgMatches;
 
-    fn cli(settings: &str, args: &[&str]) -> Cli {
+    /// What clap makes of these arguments with this configuration file.
+    pub fn matches(settings: &str, args: &[&str]) -> clap::ArgMatches {
         let settings = parse(Path::new("c.toml"), settings).unwrap();
-        let matches = apply(Cli::command(), &settings).get_matches_from(args);
-        Cli::from_arg_matches(&matches).unwrap()
+        apply(Cli::command(), &settings).get_matches_from(args)
+    }
+
+    fn cli(settings: &str, args: &[&str]) -> Cli {
+        Cli::from_arg_matches(&matches(settings, args)).unwrap()
     }
 
     fn mount(cli: Cli) -> crate::args::Mount {
@@ -215,7 +282,7 @@ mod tests {
             file,
             &["lazyimg", "mount", "r/x:1", "d", "--read-timeout", "7"],
         ));
-        assert_eq!(m.cache.cache_dir.as_deref(), Some(Path::new("/c")));
+        assert_eq!(m.cache.place.cache_dir.as_deref(), Some(Path::new("/c")));
         assert_eq!(m.read_timeout, 7.0);
         assert!(m.source.plain_http);
     }
@@ -226,5 +293,38 @@ mod tests {
         assert!(error.to_string().contains("`cachedir`"), "{error}");
         assert!(parse(Path::new("c.toml"), "cache-dir = [1]").is_err());
         assert!(parse(Path::new("c.toml"), "= 1").is_err());
+    }
+
+    #[test]
+    fn a_value_that_its_flag_does_not_take_is_named_with_file_and_key() {
+        for (text, key, value) in [
+            ("read-timeout = \"x\"", "`read-timeout`", "\"x\""),
+            ("read-timeout = 0", "`read-timeout`", "\"0\""),
+            ("level = 99", "`level`", "99"),
+            ("cache-bytes = -1", "`cache-bytes`", "-1"),
+            ("plain-http = \"perhaps\"", "`plain-http`", "perhaps"),
+            ("domain = \"a/b\"", "`domain`", "a/b"),
+            ("platform = \"linux\"", "`platform`", "linux"),
+            ("verbose = \"much\"", "`verbose`", "much"),
+        ] {
+            let error = parse(Path::new("c.toml"), text).unwrap_err().to_string();
+            for word in ["c.toml", key, value] {
+                assert!(error.contains(word), "{word} is not in: {error}");
+            }
+            assert!(!error.contains("--"), "no flag was given: {error}");
+        }
+        assert!(parse(Path::new("c.toml"), "verbose = 2\nlevel = 3\nquiet = false").is_ok());
+    }
+
+    #[test]
+    fn the_first_of_systemds_directories_is_taken() {
+        let first = |list: &str| first_path(OsStr::new(list));
+        assert_eq!(first("/var/cache/a"), Some("/var/cache/a".into()));
+        assert_eq!(
+            first("/var/cache/a:/var/cache/b"),
+            Some("/var/cache/a".into())
+        );
+        assert_eq!(first(""), None);
+        assert_eq!(first("relative"), None);
     }
 }

@@ -3,6 +3,7 @@
 use std::io::Write;
 use std::process::ExitCode;
 
+use lazyimg_chunkstore::{FetchError, ReadError};
 use lazyimg_convergent::provider::ProviderError;
 use lazyimg_fuse::client::ClientError;
 use lazyimg_fuse::daemon::DaemonError;
@@ -30,6 +31,9 @@ pub enum Error {
     /// A conversion.
     #[error(transparent)]
     Convert(#[from] ConvertError),
+    /// A chunk that can't be read.
+    #[error(transparent)]
+    Chunk(#[from] ReadError),
     /// A mount, or its daemon.
     #[error(transparent)]
     Client(#[from] ClientError),
@@ -50,6 +54,12 @@ pub enum Error {
     /// `verify` found damage.
     #[error("{0}")]
     Damaged(String),
+    /// `verify` could not check everything.
+    #[error("{0}")]
+    Unreachable(String),
+    /// Several, each told; the first one's exit code counts.
+    #[error("{}", all(.0))]
+    Several(Vec<Error>),
     /// Anything else, with what to do next.
     #[error("{0}")]
     Other(String),
@@ -71,11 +81,33 @@ fn code(error: &Error) -> u8 {
         Error::Source(e) => class_code(e.class()),
         Error::Convert(e) => class_code(e.class()),
         Error::Artifact(e) => class_code(e.class()),
+        Error::Chunk(e) => chunk_code(e),
         Error::Client(e) => client_code(e),
+        Error::Several(all) => all.first().map_or(1, code),
         Error::Damaged(_) => 6,
+        Error::Unreachable(_) => 5,
         Error::Daemon(DaemonError::Mount { code, .. }) => refusal_code(*code),
         Error::Daemon(_) | Error::Io { .. } | Error::Other(_) => 1,
     }
+}
+
+fn chunk_code(error: &ReadError) -> u8 {
+    if error.is_damage() {
+        return class_code(FailureClass::Damaged);
+    }
+    let class = match error {
+        ReadError::TimedOut { .. } => FailureClass::Unreachable,
+        // The last tier is the origin: nobody else can have it.
+        ReadError::Tiers { failures, .. } => match failures.last().map(|f| f.error.root()) {
+            Some(FetchError::Unauthorized(_)) => FailureClass::Key,
+            Some(FetchError::Unavailable { .. } | FetchError::TimedOut(_)) => {
+                FailureClass::Unreachable
+            }
+            _ => FailureClass::Other,
+        },
+        _ => FailureClass::Other,
+    };
+    class_code(class)
 }
 
 fn client_code(error: &ClientError) -> u8 {
@@ -114,8 +146,19 @@ pub fn report(error: &Error) -> ExitCode {
     {
         return ExitCode::SUCCESS;
     }
-    let _ = writeln!(std::io::stderr(), "lazyimg: {}", chain(error));
+    let told = match error {
+        Error::Several(all) => all.as_slice(),
+        one => std::slice::from_ref(one),
+    };
+    for error in told {
+        let _ = writeln!(std::io::stderr(), "lazyimg: {}", chain(error));
+    }
     ExitCode::from(code(error))
+}
+
+fn all(errors: &[Error]) -> String {
+    let texts: Vec<_> = errors.iter().map(ToString::to_string).collect();
+    texts.join("; ")
 }
 
 /// The error with all its causes, each once.

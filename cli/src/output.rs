@@ -3,7 +3,7 @@
 use std::io::{IsTerminal, Write};
 use std::time::Duration;
 
-use indicatif::{ProgressBar, ProgressStyle};
+use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
 
 use crate::args::Global;
 use crate::exit::Error;
@@ -42,26 +42,63 @@ pub fn say(global: &Global, text: &str) {
     }
 }
 
-/// A bar over bytes: shown after a second, on a terminal, unless `--quiet`.
+/// What is done within this time needs no bar.
+const PATIENCE: Duration = Duration::from_secs(1);
+
+/// How often a bar is drawn at least: it shows that something is alive.
+const TICK: Duration = Duration::from_millis(200);
+
+/// A bar over bytes: shown after a second, on a terminal, unless `--quiet`. Gone when dropped.
 pub fn byte_bar(global: &Global, total: u64, what: &'static str) -> ProgressBar {
-    bar(
-        global,
-        total,
-        what,
-        "{msg:14} {bar:32} {bytes:>10} of {total_bytes:10} {bytes_per_sec:>12}  {eta} left",
-    )
+    let template =
+        "{msg:14} {bar:32} {bytes:>10} of {total_bytes:10} {bytes_per_sec:>12}  {eta} left";
+    let bar = ProgressBar::with_draw_target(Some(total), ProgressDrawTarget::hidden());
+    later(global, styled(bar, template, what))
 }
 
-fn bar(global: &Global, total: u64, what: &'static str, template: &str) -> ProgressBar {
-    if global.quiet || !std::io::stderr().is_terminal() {
-        return ProgressBar::hidden();
-    }
-    let bar = ProgressBar::new(total);
+/// A bar over things that are counted, as [`byte_bar`]; how many is told later.
+pub fn count_bar(global: &Global, what: &'static str) -> ProgressBar {
+    let template = "{msg:14} {bar:32} {pos:>8} of {len:8} chunks  {eta} left";
+    let bar = ProgressBar::with_draw_target(Some(0), ProgressDrawTarget::hidden());
+    later(global, styled(bar, template, what))
+}
+
+/// Words with a sign of life, for what tells no steps: shown after a second, on a terminal, unless
+/// `--quiet`. Gone when dropped.
+pub fn spinner(global: &Global, what: &'static str) -> ProgressBar {
+    let bar = ProgressBar::with_draw_target(None, ProgressDrawTarget::hidden());
+    later(global, to_spinner(bar, what))
+}
+
+/// Makes a bar one that tells no steps any more.
+pub fn to_spinner(bar: ProgressBar, what: &'static str) -> ProgressBar {
+    styled(bar, "{spinner} {msg} ({elapsed})", what)
+}
+
+fn styled(bar: ProgressBar, template: &str, what: &'static str) -> ProgressBar {
     if let Ok(style) = ProgressStyle::with_template(template) {
         bar.set_style(style);
     }
     bar.set_message(what);
-    bar.enable_steady_tick(Duration::from_millis(500));
+    bar
+}
+
+/// Shows a hidden bar once the patience is over, if somebody still holds it then.
+fn later(global: &Global, bar: ProgressBar) -> ProgressBar {
+    if global.quiet || !std::io::stderr().is_terminal() {
+        return bar;
+    }
+    let held = bar.downgrade();
+    // Without the thread there is no bar, and nothing else is lost.
+    let _ = std::thread::Builder::new()
+        .name("lazyimg-bar".to_owned())
+        .spawn(move || {
+            std::thread::sleep(PATIENCE);
+            if let Some(bar) = held.upgrade().filter(|bar| !bar.is_finished()) {
+                bar.set_draw_target(ProgressDrawTarget::stderr());
+                bar.enable_steady_tick(TICK);
+            }
+        });
     bar
 }
 

@@ -1,10 +1,10 @@
-//! Which tenant key and which salt a command uses.
+//! Which tenant key and which salt a command uses. [`crate::precedence`] has left one of file and
+//! command.
 
 use std::path::PathBuf;
 
 use lazyimg_convergent::Salt;
 use lazyimg_convergent::provider::Provider;
-use lazyimg_convergent::salt::MAX_DOMAIN_LEN;
 
 use crate::args;
 use crate::config::config_dir;
@@ -24,21 +24,14 @@ pub fn tenant(key: &args::Key) -> Result<Provider, Error> {
 /// Where the domain's secret comes from.
 ///
 /// # Errors
-/// A domain name that can't be a file name, or no home directory.
+/// When neither a flag nor a home directory says where.
 pub fn domain(salt: &args::Salt) -> Result<Provider, Error> {
-    let name = &salt.domain;
-    let plain = |c: char| c.is_ascii_alphanumeric() || matches!(c, '.' | '_' | '-');
-    if name.is_empty() || name.len() > MAX_DOMAIN_LEN || !name.chars().all(plain) {
-        return Err(Error::Usage(format!(
-            "`{name}` can't be a domain: use 1 to {MAX_DOMAIN_LEN} of the characters a-z, A-Z, 0-9, `.`, `_` and `-`"
-        )));
-    }
     if let Some(command) = &salt.salt_command {
         return Ok(Provider::Command(command.clone()));
     }
     file_or_default(
         salt.salt_file.clone(),
-        &format!("domain-{name}.secret"),
+        &format!("domain-{}.secret", salt.domain),
         "--salt-file",
     )
 }

@@ -10,6 +10,8 @@
 //!
 //! `docs/format.md` has the bytes, `docs/threat-model.md` what they protect.
 
+#[cfg(test)]
+mod golden;
 mod ids;
 
 pub mod chunk;

@@ -127,31 +127,12 @@ impl Provider {
             .map(|b| DomainSecret::from_bytes(*b))
     }
 
-    /// The secret of a dedup domain; a missing file is an error.
-    ///
-    /// # Errors
-    /// See [`ProviderError`].
-    pub fn existing_domain_secret(&self) -> Result<DomainSecret, ProviderError> {
-        self.secret(&DOMAIN, false)
-            .map(|b| DomainSecret::from_bytes(*b))
-    }
-
     fn secret(&self, kind: &Kind, create: bool) -> Result<Zeroizing<[u8; 32]>, ProviderError> {
         match self {
             Self::File(path) => from_file(path, kind, create),
             Self::Command(command) => from_command(command, kind),
         }
     }
-}
-
-/// Writes a new tenant key file, for rotation.
-///
-/// # Errors
-/// When the file exists or can't be made.
-pub fn create_tenant_key(path: &Path) -> Result<TenantKey, ProviderError> {
-    create(path, &TENANT)
-        .map(|b| TenantKey::from_bytes(*b))
-        .map_err(|cause| io_error(&TENANT, path, cause))
 }
 
 fn io_error(kind: &Kind, path: &Path, cause: io::Error) -> ProviderError {
@@ -297,6 +278,7 @@ fn parse(
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::golden;
     use std::os::unix::fs::PermissionsExt;
 
     #[test]
@@ -334,6 +316,35 @@ mod tests {
             Provider::File(path).tenant_key(),
             Err(ProviderError::Exposed { mode: 0o644, .. })
         ));
+    }
+
+    #[test]
+    fn the_files_are_pinned_by_golden_vectors() {
+        let dir = tempfile::tempdir().unwrap();
+        let read = |line: &str| {
+            let path = dir.path().join("k");
+            let mut file = OpenOptions::new();
+            let file = file.write(true).create(true).truncate(true).mode(0o600);
+            let mut file = file.open(&path).unwrap();
+            writeln!(file, "{line}").unwrap();
+            Provider::File(path)
+        };
+        let tenant = read(&golden::words("files.tenant-key").join(" "));
+        assert_eq!(
+            *tenant.tenant_key().unwrap().as_bytes(),
+            golden::array("files.secret")
+        );
+        let domain = read(&golden::words("files.domain-secret").join(" "));
+        assert_eq!(
+            *domain.domain_secret().unwrap().as_bytes(),
+            golden::array("files.secret")
+        );
+        // What is written has the same form.
+        let path = dir.path().join("new");
+        let key = Provider::File(path.clone()).tenant_key().unwrap();
+        let line = fs::read_to_string(path).unwrap();
+        let word = golden::words("files.tenant-key")[0];
+        assert_eq!(line, format!("{word} {}\n", hex(key.as_bytes())));
     }
 
     #[test]

@@ -203,7 +203,8 @@ impl Client {
     /// `progress` hears steps done and in all.
     ///
     /// # Errors
-    /// See [`ClientError`]. Bad chunks are no error: they are in the report.
+    /// See [`ClientError`]. Chunks that are bad or can't be reached are no error: they are in the
+    /// report.
     pub fn verify(
         &self,
         dir: &Path,
@@ -397,6 +398,9 @@ fn absolute(mut request: MountRequest) -> Result<MountRequest, ClientError> {
     fix(&mut request.dir)?;
     if let Some(path) = &mut request.source.docker_config {
         fix(path)?;
+    }
+    if let Some(credentials) = &mut request.source.credentials {
+        credentials.files.iter_mut().try_for_each(fix)?;
     }
     if let KeySource::File(path) = &mut request.key {
         fix(path)?;

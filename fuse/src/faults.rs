@@ -47,12 +47,18 @@ impl Faults {
     /// Counts a failure of `operation` and logs it unless its cause was logged lately.
     pub fn record(&self, operation: &str, failure: &Failure) {
         self.total.fetch_add(1, Relaxed);
+        self.log(operation, "answered with EIO", failure);
+    }
+
+    /// Logs a failure of `operation` that no request has seen, unless its cause was logged lately.
+    /// `outcome`: what follows from it.
+    pub fn log(&self, operation: &str, outcome: &str, failure: &Failure) {
         if let Some(silent) = self.due(failure.cause(), Instant::now()) {
             tracing::warn!(
                 mount = %self.mount,
                 operation,
                 unlogged_before = silent,
-                "answered with EIO: {failure}"
+                "{outcome}: {failure}"
             );
         }
     }

@@ -20,5 +20,6 @@ pub mod opener;
 pub mod protocol;
 pub mod readahead;
 pub mod rendezvous;
+pub mod tally;
 pub mod tree;
 pub mod view;

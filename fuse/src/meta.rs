@@ -5,14 +5,16 @@
 //! of the two. So there is nothing to wake and nothing to forget: a chunk that failed is asked for
 //! again by the next reader, and by the loader after a pause.
 
-use std::sync::OnceLock;
 use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::{Arc, OnceLock};
 use std::time::Duration;
 
 use bytes::Bytes;
 use lazyimg_chunkstore::{ChunkSpec, ImageStore, ReadError};
 use lazyimg_image::erofs::{MetaError, MetaSource};
 
+use crate::errno::Failure;
+use crate::faults::Faults;
 use crate::view::Extent;
 
 /// Bytes kept on either side of a chunk border, so that a read across it can be lent in one piece:
@@ -30,6 +32,9 @@ const BATCH: usize = 16;
 const RETRY_FIRST: Duration = Duration::from_secs(1);
 const RETRY_LAST: Duration = Duration::from_secs(30);
 
+/// How long the loader waits for a batch, where readers have less patience.
+const LOAD_PATIENCE: Duration = Duration::from_secs(30);
+
 /// Metadata that is on its way.
 pub struct Metadata {
     store: ImageStore,
@@ -41,6 +46,7 @@ pub struct Metadata {
     len: u64,
     arrived: AtomicUsize,
     read_timeout: Duration,
+    faults: Arc<Faults>,
 }
 
 struct Slot {
@@ -51,8 +57,14 @@ struct Slot {
 
 impl Metadata {
     /// Metadata of the given extents, which [`crate::view::ImageView`] has checked. Nothing is
-    /// fetched yet. A read waits at most `read_timeout` for each chunk.
-    pub fn new(extents: &[Extent], store: ImageStore, read_timeout: Duration) -> Self {
+    /// fetched yet. A read waits at most `read_timeout` for each chunk. What fails is told to
+    /// `faults`.
+    pub fn new(
+        extents: &[Extent],
+        store: ImageStore,
+        read_timeout: Duration,
+        faults: Arc<Faults>,
+    ) -> Self {
         let chunks: Vec<_> = extents
             .iter()
             .filter_map(|e| {
@@ -72,7 +84,13 @@ impl Metadata {
             chunks,
             arrived: AtomicUsize::new(0),
             read_timeout,
+            faults,
         }
+    }
+
+    /// The mount's failures.
+    pub fn faults(&self) -> &Arc<Faults> {
+        &self.faults
     }
 
     /// Whether everything is here, so that no read waits.
@@ -86,7 +104,8 @@ impl Metadata {
         let mut pause = RETRY_FIRST;
         while !self.is_complete() {
             if let Err(error) = self.load_once().await {
-                tracing::warn!("metadata is incomplete, next try in {pause:?}: {error}");
+                let outcome = "a part of the metadata is missing, it is asked for until it is here";
+                self.faults.log("load", outcome, &Failure::Chunk(error));
                 tokio::time::sleep(pause).await;
                 pause = (pause * 2).min(RETRY_LAST);
             }
@@ -118,12 +137,13 @@ impl Metadata {
 
     async fn load_batch(&self, indexes: &[usize]) -> Result<(), ReadError> {
         let mut outcome = Ok(());
+        let patience = self.read_timeout.max(LOAD_PATIENCE);
         match *indexes {
             [] => {}
             [one] => {
                 outcome = self
                     .store
-                    .read(&self.chunks[one].spec)
+                    .read_within(&self.chunks[one].spec, patience)
                     .await
                     .map(|bytes| self.keep(one, bytes))
             }
@@ -132,7 +152,8 @@ impl Metadata {
                     .iter()
                     .map(|&i| self.chunks[i].spec.clone())
                     .collect();
-                for (&i, result) in indexes.iter().zip(self.store.read_many(&specs).await) {
+                let results = self.store.read_many_within(&specs, patience).await;
+                for (&i, result) in indexes.iter().zip(results) {
                     match result {
                         Ok(bytes) => self.keep(i, bytes),
                         Err(error) => outcome = Err(error),
@@ -224,5 +245,89 @@ impl MetaSource for Metadata {
                 len,
                 cause: Box::new(error),
             })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::io;
+    use std::sync::Mutex;
+
+    use lazyimg_chunkstore::{ChunkRef, MountStats, Store, StoreOptions};
+    use lazyimg_convergent::{Salt, chunk, payload};
+
+    use super::*;
+
+    /// What is logged.
+    #[derive(Clone, Default)]
+    struct Log(Arc<Mutex<Vec<u8>>>);
+
+    impl io::Write for Log {
+        fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+            self.0.lock().unwrap().extend_from_slice(bytes);
+            Ok(bytes.len())
+        }
+
+        fn flush(&mut self) -> io::Result<()> {
+            Ok(())
+        }
+    }
+
+    fn extents(count: u64) -> Vec<Extent> {
+        let extent = |n: u64| {
+            let plain = [n as u8; 4096];
+            let sealed = chunk::seal(&Salt::from_bytes([7; 32]), payload::encode(&plain, 3));
+            Extent {
+                start: n * 4096,
+                len: 4096,
+                spec: Some(ChunkSpec {
+                    chunk: ChunkRef {
+                        id: sealed.id,
+                        stored_len: sealed.ciphertext.len() as u32,
+                        at: None,
+                    },
+                    key: sealed.key,
+                    plain_len: 4096,
+                }),
+            }
+        };
+        (0..count).map(extent).collect()
+    }
+
+    #[test]
+    fn an_outage_while_metadata_arrives_is_one_line_however_often_it_is_tried() {
+        let log = Log::default();
+        let writer = log.clone();
+        let subscriber = tracing_subscriber::fmt()
+            .with_writer(move || writer.clone())
+            .finish();
+        let runtime = tokio::runtime::Builder::new_multi_thread()
+            .worker_threads(1)
+            .enable_all()
+            .build()
+            .unwrap();
+        // No tiers: every fetch fails.
+        let store = Store::new(None, StoreOptions::default(), runtime.handle().clone());
+        let store = store.image(Vec::new(), Arc::new(MountStats::new()));
+        let faults = Arc::new(Faults::new("m"));
+        let patience = Duration::from_secs(5);
+        let metadata = Metadata::new(&extents(20), store, patience, Arc::clone(&faults));
+        tracing::subscriber::with_default(subscriber, || {
+            runtime.block_on(async {
+                // Tries at once, after a second, and after three.
+                let loading = tokio::time::timeout(Duration::from_millis(3300), metadata.load());
+                assert!(loading.await.is_err());
+            });
+            // The requests of programs meanwhile.
+            for place in 0..20 {
+                let error = metadata.read(place * 4096, 100).unwrap_err();
+                let error = lazyimg_image::erofs::ReadError::from(error);
+                faults.record("lookup", &error.into());
+            }
+        });
+        let told = String::from_utf8(log.0.lock().unwrap().clone()).unwrap();
+        assert_eq!(told.lines().count(), 1, "{told}");
+        assert!(told.contains("a part of the metadata is missing"), "{told}");
+        assert_eq!(faults.total(), 20, "only requests are counted");
     }
 }

@@ -20,7 +20,7 @@ pub const REGISTRY_TIER: &str = "registry";
 
 /// Connections that are opened while the first answer is awaited: what opening an artifact uses at
 /// once.
-const PRECONNECT: usize = 6;
+const PRECONNECT: usize = 5;
 
 /// An image that is ready to be mounted.
 pub struct OpenedImage {
@@ -128,6 +128,7 @@ fn source_options(request: &MountRequest) -> Result<SourceOptions, OpenError> {
         platform,
         plain_http: request.source.plain_http,
         docker_config: request.source.docker_config.clone().map(|path| path.0),
+        credentials: request.source.credentials.clone().map(Into::into),
         ..SourceOptions::default()
     })
 }

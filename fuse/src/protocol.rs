@@ -1,6 +1,7 @@
 //! What client and daemon say to each other: JSON, one message a line. `docs/control.md` has it in
 //! prose.
 
+use std::collections::BTreeMap;
 use std::ffi::OsString;
 use std::os::unix::ffi::{OsStrExt, OsStringExt};
 use std::path::{Path, PathBuf};
@@ -9,17 +10,18 @@ use std::time::Duration;
 use lazyimg_chunkstore::{CacheStats, StatsSnapshot};
 use lazyimg_convergent::Digest;
 use lazyimg_convergent::provider::Provider;
+use lazyimg_image::credentials::{CredentialPlaces, HELPER_VARIABLES};
 use serde::{Deserialize, Serialize};
 
 use crate::mount::MountFlags;
 use crate::mountpoint::Unmount;
-use crate::tree::TreeOptions;
+use crate::tree::{MAX_READ_TIMEOUT, TreeOptions};
 
 /// Version of the protocol. It changes when an old peer would misunderstand; new fields do not.
 pub const VERSION: u32 = 1;
 
-/// The longest request, in bytes: two paths and a reference at their limits, escaped.
-pub const MAX_REQUEST_BYTES: usize = 64 << 10;
+/// The longest request, in bytes: paths and a reference at their limits, and a long `PATH`, escaped.
+pub const MAX_REQUEST_BYTES: usize = 256 << 10;
 
 /// The longest reply, in bytes: the status of some thousand mounts.
 pub const MAX_REPLY_BYTES: usize = 16 << 20;
@@ -178,6 +180,9 @@ pub struct MountRequest {
     /// How the image is fetched.
     #[serde(default)]
     pub source: SourceSettings,
+    /// What the host cache is expected to be.
+    #[serde(default)]
+    pub cache: CacheSettings,
     /// How the tree is mounted.
     #[serde(default)]
     pub flags: MountFlags,
@@ -216,6 +221,50 @@ pub struct SourceSettings {
     pub plain_http: bool,
     /// Docker's `config.json` or its directory, absolute; the daemon's defaults when absent.
     pub docker_config: Option<WirePath>,
+    /// Where the client found that credentials are; `docker_config` is not looked at then.
+    pub credentials: Option<CredentialSettings>,
+}
+
+/// Where whoever mounts has credentials: the places, never a secret.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default)]
+pub struct CredentialSettings {
+    /// Credential files, absolute, in the order in which they are asked. They need not exist.
+    pub files: Vec<WirePath>,
+    /// [`HELPER_VARIABLES`] for credential helpers; others are ignored.
+    pub helper_env: BTreeMap<String, WirePath>,
+}
+
+impl From<CredentialPlaces> for CredentialSettings {
+    fn from(places: CredentialPlaces) -> Self {
+        let env = places.helper_env.unwrap_or_default().into_iter();
+        Self {
+            files: places.files.into_iter().map(WirePath).collect(),
+            helper_env: env.map(|(n, v)| (n, WirePath(v.into()))).collect(),
+        }
+    }
+}
+
+impl From<CredentialSettings> for CredentialPlaces {
+    fn from(settings: CredentialSettings) -> Self {
+        let env = settings.helper_env.into_iter();
+        let known = env.filter(|(name, _)| HELPER_VARIABLES.contains(&name.as_str()));
+        Self {
+            files: settings.files.into_iter().map(|file| file.0).collect(),
+            helper_env: Some(known.map(|(n, v)| (n, v.0.into_os_string())).collect()),
+        }
+    }
+}
+
+/// What a client asks of the host cache. It is the daemon's, made by the first mount: a later one is
+/// told when it differs.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default)]
+pub struct CacheSettings {
+    /// Bytes on disk, at most; absent: whatever it is.
+    pub cache_bytes: Option<u64>,
+    /// Bytes of decoded chunks in memory, at most; absent: whatever it is.
+    pub hot_bytes: Option<u64>,
 }
 
 /// [`TreeOptions`] on the wire.
@@ -252,7 +301,8 @@ impl From<&TreeOptions> for TreeSettings {
 impl From<&TreeSettings> for TreeOptions {
     fn from(settings: &TreeSettings) -> Self {
         Self {
-            read_timeout: Duration::from_millis(settings.read_timeout_ms.max(1)),
+            read_timeout: Duration::from_millis(settings.read_timeout_ms.max(1))
+                .min(MAX_READ_TIMEOUT),
             readahead_bytes: settings.readahead_bytes,
             kernel_readahead_bytes: settings.kernel_readahead_bytes,
             fill: settings.fill,
@@ -323,10 +373,16 @@ pub struct VerifyReport {
     pub healed: u64,
     /// Of these, chunks checked in the host cache; the others were checked in a tier.
     pub cached: u64,
-    /// Chunks without a good copy.
+    /// Chunks that are damaged or gone: without a good copy.
     pub bad: u64,
     /// Why, for the first [`MAX_FAILURES`] of them.
     pub failures: Vec<String>,
+    /// Chunks that could not be checked: not here, and where they are could not be reached.
+    #[serde(default)]
+    pub unreachable: u64,
+    /// Why, each cause once, the first [`MAX_FAILURES`] of them.
+    #[serde(default)]
+    pub unreachable_causes: Vec<String>,
 }
 
 /// Failures that a [`VerifyReport`] lists: enough to see a pattern.
@@ -402,7 +458,17 @@ mod tests {
             dir: WirePath(PathBuf::from(OsString::from_vec(b"/mnt/\xff".to_vec()))),
             namespace: "mnt:[1]".into(),
             key: KeySource::File(WirePath("/k".into())),
-            source: SourceSettings::default(),
+            source: SourceSettings {
+                credentials: Some(CredentialSettings {
+                    files: vec![WirePath("/run/user/0/containers/auth.json".into())],
+                    helper_env: BTreeMap::from([("PATH".into(), WirePath("/a:/b".into()))]),
+                }),
+                ..SourceSettings::default()
+            },
+            cache: CacheSettings {
+                cache_bytes: Some(1),
+                hot_bytes: None,
+            },
             flags: MountFlags::default(),
             tree: TreeSettings::default(),
         }
@@ -473,6 +539,38 @@ mod tests {
         };
         assert_eq!(request.tree, TreeSettings::default());
         assert_eq!(request.key, KeySource::Command("k".into()));
+        assert_eq!(request.source.credentials, None);
+        assert_eq!(request.cache, CacheSettings::default());
+        let old =
+            r#"{"v":1,"reply":"verified","good":1,"healed":0,"cached":1,"bad":0,"failures":[]}"#;
+        let reply = serde_json::from_str::<Envelope<Reply>>(old)
+            .unwrap()
+            .message;
+        assert!(matches!(reply, Reply::Verified(report) if report.unreachable == 0));
+    }
+
+    #[test]
+    fn credentials_arrive_as_they_were_sent_but_for_variables_that_helpers_do_not_need() {
+        let places = CredentialPlaces {
+            files: vec!["/a".into(), "/b".into()],
+            helper_env: Some(vec![
+                ("HOME".into(), "/h".into()),
+                ("PATH".into(), "/p".into()),
+            ]),
+        };
+        let mut settings = CredentialSettings::from(places.clone());
+        let preload = WirePath("/evil.so".into());
+        settings.helper_env.insert("LD_PRELOAD".into(), preload);
+        assert_eq!(CredentialPlaces::from(settings), places);
+    }
+
+    #[test]
+    fn a_read_timeout_from_a_stranger_is_bounded() {
+        let mut settings = TreeSettings::default();
+        for (asked, given) in [(0, Duration::from_millis(1)), (u64::MAX, MAX_READ_TIMEOUT)] {
+            settings.read_timeout_ms = asked;
+            assert_eq!(TreeOptions::from(&settings).read_timeout, given);
+        }
     }
 
     #[test]

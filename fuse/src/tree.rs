@@ -22,7 +22,7 @@ use fuser::{
     ReplyEntry, ReplyIoctl, ReplyLseek, ReplyOpen, ReplyPoll, ReplyStatfs, ReplyWrite, ReplyXattr,
     Request, TimeOrNow, WriteFlags,
 };
-use lazyimg_chunkstore::ImageStore;
+use lazyimg_chunkstore::{ImageStore, MAX_FETCH};
 use lazyimg_image::erofs::{ReadError, Reader};
 use parking_lot::Mutex;
 use tokio::runtime::Handle;
@@ -45,6 +45,12 @@ const MAX_REQUEST: u32 = 1 << 20;
 /// up in the kernel. Enough to keep a slow network busy.
 const MAX_BACKGROUND: u16 = 64;
 
+/// [`TreeOptions::read_timeout`] by default.
+pub const READ_TIMEOUT: Duration = Duration::from_secs(30);
+
+/// The longest [`TreeOptions::read_timeout`]: no fetch lasts longer.
+pub const MAX_READ_TIMEOUT: Duration = MAX_FETCH;
+
 /// How a tree is served.
 #[derive(Debug, Clone)]
 pub struct TreeOptions {
@@ -61,7 +67,7 @@ pub struct TreeOptions {
 impl Default for TreeOptions {
     fn default() -> Self {
         Self {
-            read_timeout: Duration::from_secs(30),
+            read_timeout: READ_TIMEOUT,
             readahead_bytes: 4 << 20,
             kernel_readahead_bytes: 128 << 10,
             fill: true,
@@ -75,7 +81,7 @@ pub(crate) struct Shared {
     inos: Inos,
     view: Arc<ImageView>,
     store: ImageStore,
-    faults: Faults,
+    faults: Arc<Faults>,
     streams: Mutex<Streams>,
     filler: Filler,
     options: TreeOptions,
@@ -111,25 +117,25 @@ pub struct TreeFs(Arc<Shared>);
 
 impl TreeFs {
     /// Opens the tree, which waits for superblock and root directory: call it where blocking is
-    /// allowed. `name` begins its lines in the log.
+    /// allowed.
     ///
     /// # Errors
     /// When these bytes can't be had or are not an image's.
     pub fn open(
-        name: &str,
         metadata: Arc<Metadata>,
         view: Arc<ImageView>,
         store: ImageStore,
         options: TreeOptions,
         runtime: Handle,
     ) -> Result<Self, ReadError> {
+        let faults = Arc::clone(metadata.faults());
         let reader = Reader::open(metadata)?;
         Ok(Self(Arc::new(Shared {
             inos: Inos::new(reader.root()),
             reader,
             view,
             store,
-            faults: Faults::new(name),
+            faults,
             streams: Mutex::default(),
             filler: Filler::default(),
             options,

@@ -14,7 +14,7 @@ use std::time::{Duration, Instant};
 
 use lazyimg_fuse::client::{Client, ClientError};
 use lazyimg_fuse::mountpoint::{mounted_at, namespace};
-use lazyimg_fuse::protocol::{ErrorCode, KeySource, MountRequest, WirePath};
+use lazyimg_fuse::protocol::{CacheSettings, ErrorCode, KeySource, MountRequest, WirePath};
 use support::image::CHUNK;
 use support::place::{Place, is_running};
 use support::{BuiltImage, ImageBuilder, noise};
@@ -294,6 +294,7 @@ fn a_daemon_in_another_mount_namespace_says_so() {
         namespace: "mnt:[1]".into(),
         key: KeySource::Command("true".into()),
         source: Default::default(),
+        cache: Default::default(),
         flags: Default::default(),
         tree: Default::default(),
     };
@@ -330,6 +331,77 @@ fn verify_counts_good_chunks_and_heals_the_cache() {
             "{report:?}"
         );
         assert_eq!(report.cached == 0, tiers);
+    }
+}
+
+#[test]
+fn verify_tells_what_it_could_not_reach_from_what_is_damaged() {
+    let place = Place::new(&image());
+    place.ok(&["mount", "cache", "image", "mnt"]);
+    assert!(fs::read(place.path("mnt/data/1")).unwrap() == noise(101, CHUNK));
+    let client = Client::new(&place.path("cache"), None).unwrap();
+    let verify = || {
+        client
+            .verify(&place.path("mnt"), false, &mut |_, _| {})
+            .unwrap()
+    };
+    place.health("down");
+    let offline = verify();
+    assert_eq!(offline.bad, 0, "{offline:?}");
+    assert!(offline.cached > 0 && offline.unreachable > 0, "{offline:?}");
+    let told = &offline.unreachable_causes;
+    assert!(
+        told.len() == 1 && told[0].contains("taken down"),
+        "{told:?}"
+    );
+    place.health("good");
+    // Gone for good is damage.
+    let pack = fs::read_dir(place.path("image"))
+        .unwrap()
+        .map(|entry| entry.unwrap().path())
+        .max_by_key(|path| path.metadata().unwrap().len())
+        .unwrap();
+    fs::rename(&pack, place.path("aside")).unwrap();
+    let gone = verify();
+    assert!(gone.bad > 0 && gone.unreachable == 0, "{gone:?}");
+    fs::rename(place.path("aside"), &pack).unwrap();
+    let back = verify();
+    assert_eq!((back.bad, back.unreachable), (0, 0), "{back:?}");
+}
+
+#[test]
+fn a_client_that_asks_for_another_cache_than_there_is_is_told() {
+    let place = Place::new(&image());
+    place.ok(&["mount", "cache", "image", "mnt"]);
+    let client = Client::new(&place.path("cache"), None).unwrap();
+    let note = |cache_bytes, hot_bytes| {
+        let request = MountRequest {
+            image: format!("oci:{}", place.path("image").display()),
+            dir: WirePath(place.path("other")),
+            namespace: namespace().unwrap(),
+            key: KeySource::Command("true".into()),
+            source: Default::default(),
+            cache: CacheSettings {
+                cache_bytes,
+                hot_bytes,
+            },
+            flags: Default::default(),
+            tree: Default::default(),
+        };
+        let mounted = client.mount(request).unwrap();
+        place.ok(&["umount", "cache", "other", "clean"]);
+        mounted.note
+    };
+    // What `mini` runs with.
+    assert_eq!(note(None, None), None);
+    assert_eq!(note(Some(1 << 30), Some(16 << 20)), None);
+    for (cache_bytes, hot_bytes) in [(Some(2 << 30), None), (None, Some(1))] {
+        let note = note(cache_bytes, hot_bytes).unwrap();
+        assert!(
+            note.contains("--cache-bytes 1073741824 --hot-bytes 16777216")
+                && note.contains("unmount everything"),
+            "{note}"
+        );
     }
 }
 

@@ -241,6 +241,30 @@ fn an_origin_that_fails_is_eio_in_time_and_reads_work_when_it_is_back() {
 }
 
 #[test]
+fn a_read_waits_as_long_as_its_timeout_however_long_fetches_take_by_default() {
+    let (image, bytes) = one_file(4 * CHUNK);
+    let options = Options {
+        tree: TreeOptions {
+            read_timeout: Duration::from_secs(12),
+            ..TreeOptions::default()
+        },
+        fetch_deadline: Duration::from_millis(200),
+        ..Options::default()
+    };
+    let mounted = Mounted::with(&image, &options);
+    mounted.wait_for_metadata();
+    mounted.origin.set(Health::Silent);
+    std::thread::scope(|scope| {
+        let reader = scope.spawn(|| fs::read(mounted.path("large")));
+        // More than twice the store's deadline: the kernel asks twice.
+        std::thread::sleep(Duration::from_secs(2));
+        mounted.origin.set(Health::Good);
+        assert!(reader.join().unwrap().unwrap() == bytes);
+    });
+    assert_eq!(mounted.mount.errors(), 0);
+}
+
+#[test]
 fn reads_that_hang_do_not_hold_up_reads_that_need_not() {
     let mut b = ImageBuilder::default();
     for i in 0..40 {

@@ -9,6 +9,7 @@ use lazyimg_convergent::salt::DomainSecret;
 use lazyimg_convergent::{ChunkId, ChunkKey, Digest, Salt, TenantKey, chunk, payload, seal};
 use lazyimg_fuse::protocol::{Envelope, ErrorCode, Reply, Request, VerifyReport, WirePath};
 use lazyimg_fuzz::{Sizes, join, limits};
+use lazyimg_image::artifact;
 use lazyimg_image::erofs;
 use lazyimg_image::flatten::{Counters, apply_layer};
 use lazyimg_image::manifest::{Entry, Header, Manifest, Pack, Stored};
@@ -40,7 +41,8 @@ fn main() -> Result<(), Box<dyn Error>> {
     chunks(&corpus)?;
     records(&corpus)?;
     messages(&corpus)?;
-    documents(&corpus)
+    documents(&corpus)?;
+    answers(&corpus)
 }
 
 /// Archives, compressed archives, two layers, metadata.
@@ -272,4 +274,40 @@ fn documents(corpus: &Corpus) -> Result<(), Box<dyn Error>> {
         corpus.add("reference", &number.to_string(), name)?;
     }
     Ok(())
+}
+
+/// What registries say beside documents, and what docker writes.
+fn answers(corpus: &Corpus) -> Result<(), Box<dyn Error>> {
+    let digest = Digest::of(b"");
+    let descriptor = |kind: &str| {
+        format!(r#"{{"mediaType":"application/vnd.{kind}","digest":"{digest}","size":0}}"#)
+    };
+    let artifact = format!(
+        r#"{{"schemaVersion":2,"mediaType":"{}","artifactType":"{}","config":{},"layers":[{},{}],"subject":{},"annotations":{{"{}":"00"}}}}"#,
+        "application/vnd.oci.image.manifest.v1+json",
+        artifact::ARTIFACT_TYPE,
+        descriptor("oci.empty.v1+json"),
+        descriptor("lazyimg.manifest.v1"),
+        descriptor("lazyimg.pack.v1"),
+        descriptor("oci.image.manifest.v1+json"),
+        artifact::KEY_ID_ANNOTATION,
+    );
+    corpus.add("artifact", "good", artifact)?;
+    let challenge = "Basic realm=\"x\"\nBearer realm=\"https://auth.example/token\",service=\"s\",scope=\"repository:a/b:pull,push\"";
+    let link = "</v2/a/tags/list?last=b&n=2>; rel=\"next\", </x>; rel=prev";
+    let errors = r#"{"errors":[{"code":"DENIED","message":"not\u001b yours","detail":null},{"code":"UNKNOWN"}]}"#;
+    let token = r#"{"token":"t","access_token":"u","expires_in":300}"#;
+    for (kind, name, text) in [
+        (0u8, "challenge", challenge),
+        (1, "token", token),
+        (2, "link", link),
+        (3, "errors", errors),
+    ] {
+        let input = [&[kind], text.as_bytes()].concat();
+        corpus.add("registry_answers", name, input)?;
+    }
+    // "user:hunter2" in base64.
+    let config = r#"{"auths":{"https://registry.example/v1/":{"auth":"dXNlcjpodW50ZXIy"},"docker.io/library":{"username":"u","password":"hunter2"},
+        "x":{"identitytoken":"hunter2"}},"credHelpers":{"gcr.example":"gcloud"},"credsStore":""}"#;
+    corpus.add("docker_config", "good", config)
 }

@@ -15,8 +15,8 @@ use serde::{Deserialize, Serialize};
 
 use crate::source::{Descriptor, SourceError};
 
-pub use open::{Opened, find, open, read_manifest};
-pub use push::{PushEvent, Pushed, push, reseal};
+pub use open::{Opened, find, find_all, open, read_manifest};
+pub use push::{PushEvent, Pushed, delete, push, reseal};
 
 /// `artifactType` of a converted image.
 pub const ARTIFACT_TYPE: &str = "application/vnd.lazyimg.image.v1";
@@ -34,7 +34,7 @@ pub const TAG_SUFFIX: &str = "-lazyimg";
 pub(crate) const OCI_MANIFEST_TYPE: &str = "application/vnd.oci.image.manifest.v1+json";
 pub(crate) const EMPTY_TYPE: &str = "application/vnd.oci.empty.v1+json";
 pub(crate) const EMPTY: &[u8] = b"{}";
-/// Blobs that an artifact may list: 64 Ki packs of 128 MiB are 8 TiB.
+/// Blobs that an artifact may list: 64 Ki packs of 64 MiB are 4 TiB.
 const MAX_BLOBS: usize = 65_536;
 
 /// Why an artifact could not be found, read or written.

@@ -1,8 +1,8 @@
 //! From layers to the form of an image: flattened tree, data space, chunks, packs, manifest.
 //!
 //! Layers stream through once, base first. Memory is bounded by the tree and a few chunks per
-//! encoder; everything else waits in two working files (small files of the layer at hand, and
-//! ciphertexts), which have no name and vanish with the process.
+//! encoder; everything else waits in two working files (ciphertexts, and small files of layers whose
+//! entries are in no order), which have no name and vanish with the process.
 
 mod encode_pool;
 pub mod packs;
@@ -26,9 +26,9 @@ use crate::tree::{Kind, Tree};
 
 pub use encode_pool::{EncodePool, Encoded};
 
-/// Length of the first chunk of the metadata space, in bytes (64 KiB): holds the superblock and the
-/// top of the tree, so that the first `ls` waits for a few packets only.
-pub const FIRST_META_CHUNK: usize = 64 << 10;
+/// Length of the first chunk of the metadata space, in bytes (32 KiB): holds the superblock and the
+/// top of the tree, and compresses to what a new connection carries in its first round trip.
+pub const FIRST_META_CHUNK: usize = 32 << 10;
 
 /// Length of the other chunks of the metadata space, in bytes.
 pub const META_CHUNK: usize = 512 << 10;

@@ -11,6 +11,7 @@
 mod file;
 mod helper;
 
+use std::ffi::OsString;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
@@ -21,6 +22,61 @@ pub const MAX_HELPER_OUTPUT: usize = 256 * 1024;
 
 /// The largest credentials file that is read, in bytes.
 pub const MAX_CONFIG_FILE: u64 = 4 << 20;
+
+/// The variables by which credential helpers find themselves and what they keep. None of them is a
+/// secret.
+pub const HELPER_VARIABLES: [&str; 9] = [
+    "PATH",
+    "HOME",
+    "DOCKER_CONFIG",
+    "XDG_CONFIG_HOME",
+    "XDG_DATA_HOME",
+    "XDG_RUNTIME_DIR",
+    "DBUS_SESSION_BUS_ADDRESS",
+    "GNUPGHOME",
+    "PASSWORD_STORE_DIR",
+];
+
+/// Where credentials are looked up.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct CredentialPlaces {
+    /// The files, in the order in which they are asked.
+    pub files: Vec<PathBuf>,
+    /// [`HELPER_VARIABLES`] for credential helpers; one that is not in it is taken from them. `None`:
+    /// helpers get this process's environment.
+    pub helper_env: Option<Vec<(String, OsString)>>,
+}
+
+impl CredentialPlaces {
+    /// The places of this process: the caller's file or directory, else the usual ones.
+    pub fn here(docker_config: Option<&Path>) -> Self {
+        Self {
+            files: places(docker_config),
+            helper_env: None,
+        }
+    }
+
+    /// The same places in words that mean the same to a process with another environment and another
+    /// working directory.
+    ///
+    /// # Errors
+    /// The working directory is gone.
+    pub fn for_another_process(docker_config: Option<&Path>) -> std::io::Result<Self> {
+        let here = Self::here(docker_config);
+        let set = |name: &&str| Some(((*name).to_owned(), std::env::var_os(name)?));
+        let mut env: Vec<_> = HELPER_VARIABLES.iter().filter_map(set).collect();
+        let current = std::env::current_dir()?;
+        for (_, path) in env.iter_mut().filter(|(name, _)| name == "PATH") {
+            let dirs = std::env::split_paths(path).map(|dir| current.join(dir));
+            // A directory with a colon in its name can't be in a PATH.
+            *path = std::env::join_paths(dirs).unwrap_or_else(|_| path.clone());
+        }
+        Ok(Self {
+            files: here.files.iter().map(|file| current.join(file)).collect(),
+            helper_env: Some(env),
+        })
+    }
+}
 
 /// What a registry accepts from us.
 pub enum Credentials {
@@ -75,28 +131,62 @@ pub enum CredentialsError {
 /// Looks credentials up for one repository.
 #[derive(Debug, Clone)]
 pub struct CredentialStore {
-    files: Vec<PathBuf>,
+    places: CredentialPlaces,
     registry: String,
     repository: String,
     helper_timeout: Duration,
 }
 
+/// What a credentials file names; none of its secrets.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Found {
+    /// The file.
+    pub path: PathBuf,
+    /// Registries with credentials in the file itself.
+    pub registries: Vec<String>,
+    /// Programs that are asked, and for which registry; `None` for all.
+    pub helpers: Vec<(Option<String>, String)>,
+}
+
+/// The credentials files that are there, in the order in which they are asked.
+///
+/// # Errors
+/// A file that is there can't be read or understood: no registry would be asked.
+pub fn found(docker_config: Option<&Path>) -> Result<Vec<Found>, CredentialsError> {
+    let mut all = Vec::new();
+    for path in places(docker_config) {
+        if let Some(config) = file::read(&path)? {
+            let helpers = config.helpers().into_iter();
+            all.push(Found {
+                registries: config.registries(),
+                helpers: helpers
+                    .map(|(registry, name)| (registry, format!("docker-credential-{name}")))
+                    .collect(),
+                path,
+            });
+        }
+    }
+    Ok(all)
+}
+
+fn places(docker_config: Option<&Path>) -> Vec<PathBuf> {
+    match docker_config {
+        Some(path) if path.is_dir() => vec![path.join("config.json")],
+        Some(path) => vec![path.to_owned()],
+        None => usual_places(|name| std::env::var_os(name)),
+    }
+}
+
 impl CredentialStore {
-    /// For `registry/repository`, with the caller's file or directory in place of the usual places.
-    /// A helper that takes longer than `helper_timeout` is ended.
+    /// For `registry/repository`. A helper that takes longer than `helper_timeout` is ended.
     pub fn new(
         registry: &str,
         repository: &str,
-        docker_config: Option<&Path>,
+        places: CredentialPlaces,
         helper_timeout: Duration,
     ) -> Self {
-        let files = match docker_config {
-            Some(path) if path.is_dir() => vec![path.join("config.json")],
-            Some(path) => vec![path.to_owned()],
-            None => usual_places(|name| std::env::var_os(name)),
-        };
         Self {
-            files,
+            places,
             registry: registry.to_owned(),
             repository: repository.to_owned(),
             helper_timeout,
@@ -108,7 +198,7 @@ impl CredentialStore {
     /// # Errors
     /// A file that is there can't be read or understood.
     pub fn stored(&self) -> Result<Option<Credentials>, CredentialsError> {
-        for path in &self.files {
+        for path in &self.places.files {
             let Some(config) = file::read(path)? else {
                 continue;
             };
@@ -130,7 +220,7 @@ impl CredentialStore {
     /// # Errors
     /// As [`CredentialStore::stored`], or a helper fails. A helper that knows nothing is no error.
     pub async fn look_up(&self) -> Result<Option<Credentials>, CredentialsError> {
-        for path in &self.files {
+        for path in &self.places.files {
             let Some(config) = file::read(path)? else {
                 continue;
             };
@@ -154,7 +244,8 @@ impl CredentialStore {
 
     /// The places that were searched, for messages.
     pub fn places(&self) -> String {
-        let places: Vec<String> = self.files.iter().map(|p| p.display().to_string()).collect();
+        let files = self.places.files.iter();
+        let places: Vec<String> = files.map(|p| p.display().to_string()).collect();
         if places.is_empty() {
             "no credentials file (HOME is not set)".into()
         } else {
@@ -168,8 +259,9 @@ impl CredentialStore {
             file::DOCKER_HUB => &["https://index.docker.io/v1/"],
             _ => &[&self.registry],
         };
+        let env = self.places.helper_env.as_deref();
         for name in names {
-            if let Some(found) = helper::get(helper, name, self.helper_timeout).await? {
+            if let Some(found) = helper::get(helper, name, env, self.helper_timeout).await? {
                 return Ok(Some(found));
             }
         }

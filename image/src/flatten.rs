@@ -129,20 +129,22 @@ pub fn apply_layer<R: Read, S: ContentSink>(
         summary: LayerSummary::default(),
     };
     let mut reader = Reader::new(tar, limits);
+    let mut last = None;
     loop {
         let entry = match reader.next_entry() {
             Ok(Some(entry)) => entry,
             Ok(None) => break,
-            Err(e) => return Err(FlattenError::tar(layer, name, e)),
+            Err(e) => return Err(FlattenError::tar(layer, name, e, last)),
         };
         let path = entry.path.clone();
         sink.entry(&path);
         apply
             .entry(entry, &mut reader, sink)
             .map_err(|problem| match problem {
-                EntryProblem::Tar(e) => FlattenError::tar(layer, name, *e),
+                EntryProblem::Tar(e) => FlattenError::tar(layer, name, *e, None),
                 problem => fail(Some(&path), problem),
             })?;
+        last = Some(path);
     }
     apply.remove_aufs_names();
     Ok(apply.summary)

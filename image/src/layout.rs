@@ -22,7 +22,8 @@ mod tests;
 
 pub use cutter::{LARGE, PACK_MAX, PACK_TARGET, PackCutter};
 pub use plan::{Cut, Group, Plan, PlanError, Region};
-pub use sink::{Body, Content, Contents, LayerSink, SinkError};
+pub use ahead::Guessed;
+pub use sink::{Body, Content, Contents, LayerSink, SinkError, Small};
 
 /// Takes plaintext chunks and gives a ticket for what they become.
 ///
@@ -34,6 +35,12 @@ pub trait ChunkEncoder {
     /// # Errors
     /// When an encoder failed before: the conversion can't succeed any more.
     fn encode(&mut self, plain: Vec<u8>) -> std::io::Result<Ticket>;
+
+    /// The plaintext of a chunk that was handed over. May block until it is encoded.
+    ///
+    /// # Errors
+    /// When an encoder failed, or the working file can't be read.
+    fn decode(&mut self, ticket: Ticket) -> std::io::Result<Vec<u8>>;
 }
 
 /// Stands for one encoded chunk; numbered from 0 in the order of [`ChunkEncoder::encode`].

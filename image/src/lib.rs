@@ -7,6 +7,12 @@ pub mod credentials;
 pub mod erofs;
 pub mod failure;
 pub mod flatten;
+#[cfg(feature = "fuzzing")]
+pub mod fuzzing;
+#[cfg(test)]
+#[path = "../../convergent/src/golden.rs"]
+#[allow(dead_code, reason = "not every vector kind is used here")]
+mod golden;
 pub mod layer;
 pub mod layout;
 pub mod limits;

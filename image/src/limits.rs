@@ -1,8 +1,10 @@
 //! What the layers of an image may ask of the machine that reads them.
 //!
 //! A layer comes from a stranger: everything whose size it decides is bounded here, before memory
-//! or time is spent on it. The defaults let every sensible image through; each can be raised, and
-//! the errors of [`crate::tar`], [`crate::layer`] and [`crate::flatten`] name the field to raise.
+//! or time is spent on it. The defaults let every sensible image through. Each can be raised by a flag
+//! of `lazyimg convert`, which the errors of [`crate::tar`], [`crate::layer`] and [`crate::flatten`]
+//! name; but not [`PATH_BYTES`], [`NAME_BYTES`] and [`SYMLINK_HOPS`], which are Linux's own: no program
+//! could open what lies beyond them, on any file system.
 
 /// Uncompressed bytes of one layer. The largest layers seen (CUDA, model weights) have 20 GiB; at
 /// the speed of a conversion 128 GiB are already half an hour of work.
@@ -10,7 +12,8 @@ pub const LAYER_BYTES: u64 = 128 << 30;
 
 /// Uncompressed bytes of one image: the apparent sizes of all regular files of all layers, holes
 /// included, because each file takes a range of the data space. EROFS numbers blocks of 4 KiB with
-/// 32 bits, which ends at 16 TiB; 2 TiB leaves room and keeps the chunk table small.
+/// 32 bits, which ends at 16 TiB; 2 TiB leaves room and keeps the chunk table small. What is not zeros
+/// may have some 1.1 TiB, whatever the flag says: [`crate::manifest::MAX_MANIFEST_LEN`] ends there.
 pub const IMAGE_BYTES: u64 = 2 << 40;
 
 /// Apparent bytes of one file, holes included. A sparse `lastlog` of a host with large user ids
@@ -25,7 +28,8 @@ pub const ENTRIES_PER_IMAGE: u64 = 2_000_000;
 /// until the metadata is written. Half a million labelled files need about 60 MiB.
 pub const METADATA_BYTES: u64 = 512 << 20;
 
-/// Layers of one image. Overlayfs stops at 500 lower directories, Docker at 127.
+/// Layers of one image. Overlayfs stops at 500 lower directories, Docker at 127; a manifest of 4 MiB,
+/// the longest that is read, has room for some 20,000.
 pub const LAYERS: u32 = 512;
 
 /// Bytes of a path or of a link target: Linux's `PATH_MAX` with its closing zero byte taken off.

@@ -16,8 +16,8 @@ pub use codec::{HEADER_LEN, MAGIC, VERSION};
 /// Block size of both spaces, in bytes: EROFS's and the page cache's.
 pub const BLOCK: u64 = 4096;
 
-/// The largest manifest that is read, in bytes (192 MiB): two million chunks, a terabyte of data.
-/// It bounds what a hostile registry can make a host hold.
+/// The largest manifest that is read, in bytes (192 MiB): 2.4 million chunks, 1.1 TiB of data in cuts
+/// of 512 KiB. It bounds what a hostile registry can make a host hold.
 pub const MAX_MANIFEST_LEN: u64 = 192 << 20;
 
 /// What is true of the whole image.
@@ -113,6 +113,12 @@ pub enum ManifestError {
     /// More than this version reads.
     #[error("lazyimg manifest of {0} bytes is larger than {MAX_MANIFEST_LEN} bytes")]
     TooLarge(u64),
+    /// More than any version reads: nothing could mount the image.
+    #[error(
+        "image has too many chunks: its lazyimg manifest would have {0} bytes, and none above \
+         {MAX_MANIFEST_LEN} bytes can be mounted (about 1.1 TiB of data); split the image"
+    )]
+    TooManyChunks(u64),
     /// The key table does not open.
     #[error(transparent)]
     Unseal(#[from] seal::UnsealError),
@@ -174,6 +180,28 @@ impl Manifest {
     /// See [`ManifestError`].
     pub fn parse(bytes: &[u8]) -> Result<Self, ManifestError> {
         codec::read(bytes)
+    }
+
+    /// Whether a manifest of so many entries (chunks and holes), stored entries and packs can be read
+    /// back: to be asked before an image is stored.
+    ///
+    /// # Errors
+    /// [`ManifestError::TooManyChunks`].
+    pub fn check_counts(entries: u64, stored: u64, packs: u64) -> Result<(), ManifestError> {
+        match codec::len_of(entries, stored, packs) {
+            len if len > MAX_MANIFEST_LEN => Err(ManifestError::TooManyChunks(len)),
+            _ => Ok(()),
+        }
+    }
+
+    /// [`Manifest::check_counts`] of this one.
+    ///
+    /// # Errors
+    /// [`ManifestError::TooManyChunks`].
+    pub fn check_len(&self) -> Result<(), ManifestError> {
+        let entries = self.meta.len() + self.data.len();
+        let (stored, packs) = (self.stored().count(), self.packs.len());
+        Self::check_counts(entries as u64, stored as u64, packs as u64)
     }
 
     /// Digest of header and chunk table: the image's root. Equal roots are equal trees and bytes.

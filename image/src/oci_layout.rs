@@ -24,7 +24,7 @@ use crate::reference::ManifestRef;
 use crate::registry::MAX_RANGE_BYTES;
 use crate::source::document::{self, MAX_MANIFEST_BYTES};
 use crate::source::registry_body::Body;
-use crate::source::{BlobStream, Descriptor, Manifest, Pushed, SourceError};
+use crate::source::{BlobStream, Deletion, Descriptor, Manifest, Pushed, SourceError};
 use index::Chosen;
 
 /// Length of one read of a streamed blob, in bytes.
@@ -301,6 +301,20 @@ impl Layout {
         let entry = descriptor.clone();
         self.blocking(move |layout| layout.edit_index(|index| index::put(index, &entry, None)))
             .await
+    }
+
+    /// Takes a manifest out of `index.json`. Its file stays, as all blobs do.
+    pub(crate) async fn delete_manifest(&self, digest: &Digest) -> Result<Deletion, SourceError> {
+        let digest = *digest;
+        self.blocking(move |layout| {
+            let mut was_there = false;
+            layout.edit_index(|index| was_there = index::remove(index, &digest))?;
+            Ok(match was_there {
+                true => Deletion::Deleted,
+                false => Deletion::WasGone,
+            })
+        })
+        .await
     }
 
     pub(crate) async fn tags(&self, limit: usize) -> Result<Vec<String>, SourceError> {

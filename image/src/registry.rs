@@ -15,6 +15,8 @@ mod blobs;
 mod body;
 mod challenge;
 mod endpoint;
+#[cfg(feature = "fuzzing")]
+pub(crate) mod fuzzing;
 mod http;
 mod manifests;
 mod referrers;
@@ -35,7 +37,7 @@ use endpoint::{Endpoint, same_origin};
 use http::{Http, Request};
 use retry::{Failure, Label};
 
-use crate::credentials::CredentialStore;
+use crate::credentials::{CredentialPlaces, CredentialStore};
 use crate::reference::RegistryRef;
 use crate::source::{RetryPolicy, SourceError, SourceOptions};
 
@@ -63,7 +65,7 @@ struct Inner {
     /// What is known of the Referrers API.
     referrers_api: AtomicU8,
     /// Read-modify-write of the fallback tag is one at a time within the process.
-    adding_referrer: tokio::sync::Mutex<()>,
+    writing_referrers: tokio::sync::Mutex<()>,
 }
 
 impl Registry {
@@ -80,7 +82,10 @@ impl Registry {
         let store = CredentialStore::new(
             &reference.registry,
             &reference.repository,
-            options.docker_config.as_deref(),
+            options
+                .credentials
+                .clone()
+                .unwrap_or_else(|| CredentialPlaces::here(options.docker_config.as_deref())),
             options.timeouts.helper,
         );
         Ok(Self(Arc::new(Inner {
@@ -89,7 +94,7 @@ impl Registry {
             endpoint,
             small: Semaphore::new(options.parallelism.0.max(1)),
             referrers_api: AtomicU8::new(referrers::UNKNOWN),
-            adding_referrer: tokio::sync::Mutex::new(()),
+            writing_referrers: tokio::sync::Mutex::new(()),
             options: options.clone(),
             name,
         })))

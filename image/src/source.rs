@@ -65,6 +65,17 @@ pub struct Pushed {
     pub subject_listed: bool,
 }
 
+/// What became of a manifest that was to be deleted.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Deletion {
+    /// It is gone now.
+    Deleted,
+    /// It was not there.
+    WasGone,
+    /// The registry deletes nothing: it is still there.
+    Unsupported,
+}
+
 macro_rules! forward {
     ($self:ident, $name:ident($($arg:expr),*)) => {
         match &$self.backend {
@@ -291,6 +302,33 @@ impl Repository {
         descriptor: &Descriptor,
     ) -> Result<(), SourceError> {
         forward!(self, add_referrer(subject, descriptor))
+    }
+
+    /// Deletes a manifest, and the tags that name it. Its blobs stay until the registry collects its
+    /// garbage. The list of referrers under the fallback tag is [`Repository::remove_referrer`]'s.
+    ///
+    /// # Errors
+    /// The registry refuses, or gives no clear answer.
+    pub async fn delete_manifest(&self, digest: &Digest) -> Result<Deletion, SourceError> {
+        forward!(self, delete_manifest(digest))
+    }
+
+    /// Takes `referrer` off the list of referrers of `subject` under the fallback tag; false when it
+    /// is not on it. Where the registry keeps the list it follows from
+    /// [`Repository::delete_manifest`].
+    ///
+    /// # Errors
+    /// [`SourceError::Contended`] when other writers keep winning.
+    pub async fn remove_referrer(
+        &self,
+        subject: &Digest,
+        referrer: &Digest,
+    ) -> Result<bool, SourceError> {
+        match &self.backend {
+            Backend::Registry(registry) => registry.remove_referrer(subject, referrer).await,
+            // Its index lists manifests that are there.
+            Backend::Layout(_) => Ok(false),
+        }
     }
 
     /// The tags of the repository, at most `limit`, in the registry's order.

@@ -33,6 +33,8 @@ pub enum Target {
     Blobs,
     /// Every read.
     Reads,
+    /// Reads whose address has this in it.
+    Naming(&'static str),
 }
 
 #[derive(Debug)]
@@ -131,7 +133,12 @@ impl Shared {
     fn fault_for(&self, first_line: &str) -> Fault {
         let (fault, target) = *self.fault.lock().expect("no holder panics");
         let read = first_line.starts_with("GET ") || first_line.starts_with("HEAD ");
-        let meant = read && (target == Target::Reads || first_line.contains("/blobs/"));
+        let meant = read
+            && match target {
+                Target::Reads => true,
+                Target::Blobs => first_line.contains("/blobs/"),
+                Target::Naming(part) => first_line.contains(part),
+            };
         if fault == Fault::None || !meant {
             return Fault::None;
         }

@@ -56,8 +56,19 @@ impl Registry {
         )
     }
 
+    /// Starts one that deletes nothing, as many do.
+    #[track_caller]
+    pub fn start_without_deletion(dir: impl Into<PathBuf>) -> Self {
+        Self::start_as(dir.into(), false, "")
+    }
+
     #[track_caller]
     fn start_with(dir: PathBuf, more: &str) -> Self {
+        Self::start_as(dir, true, more)
+    }
+
+    #[track_caller]
+    fn start_as(dir: PathBuf, deletes: bool, more: &str) -> Self {
         fs::create_dir_all(&dir).expect("a test may write to its own directory");
         let mut registry = Self {
             dir,
@@ -69,7 +80,7 @@ impl Registry {
             let storage = registry.dir.join("storage");
             let config = format!(
                 "version: 0.1\nlog: {{level: info, accesslog: {{disabled: true}}}}\n\
-                 storage:\n  filesystem: {{rootdirectory: {}}}\n  delete: {{enabled: true}}\n\
+                 storage:\n  filesystem: {{rootdirectory: {}}}\n  delete: {{enabled: {deletes}}}\n\
                  http: {{addr: \"127.0.0.1:{}\", secret: test}}\n{more}",
                 storage.display(),
                 registry.port

@@ -256,6 +256,39 @@ fn a_mount_whose_registry_is_down_or_frozen_fails_with_exit_code_5() {
 }
 
 #[test]
+fn verify_without_the_registry_calls_nothing_damaged() {
+    let mut setup = Setup::new("verify-outage");
+    let reference = setup.registry.reference("app:v1");
+    let timeout = TIMEOUT.to_string();
+    let mount = setup.lazyimg.mount_with(
+        &reference,
+        setup.work.join("mnt"),
+        &["--read-timeout", timeout.as_str()],
+    );
+    let large = setup.sample.files.iter().find(|f| f.starts_with("large"));
+    setup.sample.check(mount.dir(), large.unwrap()).unwrap();
+    let dir = mount.dir().to_string_lossy().into_owned();
+    setup.registry.stop();
+    let offline = setup.lazyimg.run(&["verify", &dir, "--json"]);
+    assert_eq!(offline.code, 5, "{offline}");
+    let report: serde_json::Value = serde_json::from_slice(&offline.stdout).unwrap();
+    assert_eq!(report["damaged"], 0, "{report:#}");
+    assert!(report["cached"].as_u64().unwrap() > 0, "{report:#}");
+    assert!(report["unreachable"].as_u64().unwrap() > 0, "{report:#}");
+    assert!(
+        !offline.stderr.contains("convert the image again"),
+        "{offline}"
+    );
+    let told = setup.lazyimg.run(&["verify", &dir]).text();
+    assert!(
+        told.contains("could not be checked") && !told.contains("inodes"),
+        "{told}"
+    );
+    setup.registry.restart();
+    setup.lazyimg.ok(&["verify", &dir]);
+}
+
+#[test]
 fn a_conversion_over_a_failing_registry_is_right_or_an_error() {
     let setup = Setup::new("convert-faults");
     let wanted = setup.lazyimg.convert(&setup.registry.reference("app:v1"));

@@ -109,7 +109,7 @@ fn a_django_application_mounts_as_umoci_unpacks_it() {
 }
 
 #[test]
-fn a_node_application_of_50_000_files_mounts_as_umoci_unpacks_it() {
+fn a_node_application_of_42_000_files_mounts_as_umoci_unpacks_it() {
     same_as_umoci("node");
 }
 

@@ -195,6 +195,75 @@ fn a_credential_helper_is_asked_each_time() {
 }
 
 #[test]
+fn what_convert_can_read_a_mount_can_read_whoever_started_the_daemon() {
+    let work = WorkDir::new("credentials-elsewhere");
+    let (registry, reference, sample) = protected(&work);
+    let other = Sample::new(&work.dir("other"), 85, 1);
+    let cache = work.join("cache");
+    // Another shell starts the daemon: no credentials, no helpers.
+    let starter = Lazyimg::new(work.join("starter")).with_cache(&cache);
+    starter.convert(&other.layout.reference("v1"));
+    let _first = starter.mount(&other.layout.reference("v1"), work.join("first"));
+
+    let bin = work.dir("bin");
+    let helper = bin.join("docker-credential-test");
+    let script = format!(
+        "#!/bin/sh\n[ -e \"$HOME/vault\" ] || exit 1\n\
+         printf '{{\"Username\":\"{}\",\"Secret\":\"{}\"}}\\n'\n",
+        CREDENTIALS.0, CREDENTIALS.1
+    );
+    fs::write(&helper, script).unwrap();
+    fs::set_permissions(&helper, fs::Permissions::from_mode(0o755)).unwrap();
+    let path = format!("{}:{}", bin.display(), std::env::var("PATH").unwrap());
+    let good = auths(&registry, CREDENTIALS.0, CREDENTIALS.1);
+    let nothing = text(&work.dir("nothing"));
+    let helped = r#"{"credsStore": "test"}"#;
+    let cases = [
+        ("home/.docker/config.json", &*good, vec![]),
+        // podman's, while DOCKER_CONFIG names a place that knows nothing.
+        (
+            "home/config/containers/auth.json",
+            &good,
+            vec![("DOCKER_CONFIG", nothing.clone())],
+        ),
+        (
+            "auth.json",
+            &good,
+            vec![
+                ("REGISTRY_AUTH_FILE", text(&work.join("auth.json"))),
+                ("DOCKER_CONFIG", nothing),
+            ],
+        ),
+        (
+            "run/containers/auth.json",
+            &good,
+            vec![("XDG_RUNTIME_DIR", text(&work.join("run")))],
+        ),
+        ("home/.docker/config.json", helped, vec![("PATH", path)]),
+    ];
+    fs::create_dir_all(work.join("home")).unwrap();
+    fs::write(work.join("home/vault"), "").unwrap();
+    for (place, content, env) in cases {
+        let mut lazyimg = Lazyimg::new(work.join("home")).with_cache(&cache);
+        for (name, value) in &env {
+            lazyimg = lazyimg.env(name, value);
+        }
+        let file = work.join(place);
+        fs::create_dir_all(file.parent().unwrap()).unwrap();
+        fs::write(&file, content).unwrap();
+        lazyimg.convert(&reference);
+        let at = text(&work.dir("mnt"));
+        lazyimg.ok(&["mount", &reference, &at]);
+        sample.assert_right(Path::new(&at));
+        lazyimg.ok(&["umount", &at]);
+        fs::remove_file(&file).unwrap();
+        lazyimg.fails(4, &["mount", &reference, &at]);
+        // Dropped, it would end the daemon.
+        std::mem::forget(lazyimg);
+    }
+}
+
+#[test]
 fn a_platform_is_chosen_and_a_missing_one_is_told() {
     let work = WorkDir::new("platform");
     let (one, two) = (

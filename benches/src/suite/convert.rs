@@ -50,6 +50,7 @@ fn one(bench: &Bench, image: &Image) -> Result<Report, BenchError> {
         .map(|_| <(Samples, Samples, Samples)>::default())
         .collect();
     let mut notes = vec![String::new(); layouts.len()];
+    let mut same_level = Samples::default();
     for _ in 0..runs {
         for (n, (_, layout)) in layouts.iter().enumerate() {
             let copy = bench.dir.join("layout");
@@ -63,6 +64,15 @@ fn one(bench: &Bench, image: &Image) -> Result<Report, BenchError> {
             ours[n].2.push(done.cpu_s);
             let stored = printed["stored_bytes"].as_u64().unwrap_or(0);
             notes[n] = format!("ratio {:.2}", image.file_bytes as f64 / stored as f64);
+            fs::remove_dir_all(&copy).map_err(at(&copy))?;
+        }
+        if let Some((_, layout)) = layouts.last() {
+            let copy = bench.dir.join("layout");
+            clone_layout(layout, &copy)?;
+            rustix::fs::sync();
+            let name = format!("oci:{}:{TAG}", copy.display());
+            let (_, done) = bench.lazyimg.convert(&name, &["--level", "3"])?;
+            same_level.push(done.wall.as_secs_f64());
             fs::remove_dir_all(&copy).map_err(at(&copy))?;
         }
         rustix::fs::sync();
@@ -90,6 +100,12 @@ fn one(bench: &Bench, image: &Image) -> Result<Report, BenchError> {
         report.rows.push(
             Row::new(BENCH, format!("{what}: peak memory"), "MB", memory)
                 .at_most(MEMORY_GOAL_MB, ""),
+        );
+    }
+    if let Some((with, _)) = layouts.last() {
+        let what = format!("{}, {} layers, --level 3", image.name, with.name());
+        report.rows.push(
+            Row::new(BENCH, what, "MB/s", &speed(&same_level)).peer("zstd -3 -T2", &speed(&peer)),
         );
     }
     Ok(report)

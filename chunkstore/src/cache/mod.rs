@@ -339,13 +339,17 @@ impl HostCache {
     /// process must do one of them before it ends: RocksDB's threads don't survive the end of its
     /// static data.
     pub fn close(&self) {
-        let Some(writer) = self.writer.lock().take() else {
+        // Held to the end: who comes second may end the process when this returns.
+        let mut held = self.writer.lock();
+        let Some(writer) = held.take() else {
             return;
         };
         self.shared.stopping.store(true, Relaxed);
         let _ = self.jobs.send(Job::Stop);
         if writer.join().is_err() {
             tracing::error!("the cache's writer had panicked");
+            // It left open what it closes at its end.
+            drop(self.shared.index.write().take());
         }
     }
 

@@ -23,6 +23,8 @@ use crate::flight::Flights;
 use crate::stats::TierStats;
 use crate::{ChunkSpec, HostCache, HotCache, MountStats, ReadError, Tier};
 
+use read::Patience;
+
 pub use verify::{CopyPlace, Verified, VerifyScope};
 
 /// Locks that keep two threads from decoding one chunk at the same time. More than there are
@@ -31,13 +33,17 @@ const DECODE_LOCKS: usize = 64;
 /// Ids of bad copies remembered until their replacement has come, to count it.
 const MAX_WOUNDED: usize = 4_096;
 
+/// The longest that one fetch may take, however patient its reader is.
+pub const MAX_FETCH: Duration = Duration::from_secs(3600);
+
 /// How a [`Store`] behaves.
 #[derive(Debug, Clone)]
 pub struct StoreOptions {
     /// Bound of the LRU of decoded chunks, in bytes. 0: every read decodes again.
     pub hot_bytes: usize,
-    /// How long one fetch may take over all tiers. Each tier gets an equal share of what is left
-    /// when its turn comes.
+    /// How long one fetch may take over all tiers, unless a reader who begins it has more patience
+    /// ([`ImageStore::read_within`]). Each tier gets an equal share of what is left when its turn
+    /// comes.
     pub fetch_deadline: Duration,
 }
 
@@ -159,13 +165,34 @@ impl ImageStore {
     /// # Errors
     /// [`ReadError`].
     pub async fn read(&self, spec: &ChunkSpec) -> Result<Bytes, ReadError> {
-        read::read(&self.image, spec).await
+        read::read(&self.image, spec, self.own_patience()).await
     }
 
     /// [`ImageStore::read`] for several chunks: what is not on this host is asked for in one
     /// request to each tier. Results in the order of `specs`.
     pub async fn read_many(&self, specs: &[ChunkSpec]) -> Vec<Result<Bytes, ReadError>> {
-        read::read_many(&self.image, specs).await
+        read::read_many(&self.image, specs, self.own_patience()).await
+    }
+
+    /// [`ImageStore::read`] that waits at most `limit`, which may be more than the store's fetch
+    /// deadline. A fetch that it begins may take twice as long (at most [`MAX_FETCH`]): a reader who
+    /// gives up comes again, as the kernel does, and then finds it under way.
+    ///
+    /// # Errors
+    /// [`ReadError`].
+    pub async fn read_within(&self, spec: &ChunkSpec, limit: Duration) -> Result<Bytes, ReadError> {
+        let patience = Patience::of_reader(limit, &self.image.host.options);
+        read::read(&self.image, spec, patience).await
+    }
+
+    /// [`ImageStore::read_many`] with the patience of [`ImageStore::read_within`].
+    pub async fn read_many_within(
+        &self,
+        specs: &[ChunkSpec],
+        limit: Duration,
+    ) -> Vec<Result<Bytes, ReadError>> {
+        let patience = Patience::of_reader(limit, &self.image.host.options);
+        read::read_many(&self.image, specs, patience).await
     }
 
     /// The plaintext if it is on this host. Never waits for a network; may read the disk.
@@ -173,8 +200,8 @@ impl ImageStore {
         read::try_local(&self.image, spec)
     }
 
-    /// [`ImageStore::read`] for threads outside the runtime. Returns within `deadline`, whatever
-    /// the runtime does.
+    /// [`ImageStore::read_within`] for threads outside the runtime. Returns within `deadline`,
+    /// whatever the runtime does.
     ///
     /// # Errors
     /// [`ReadError`].
@@ -182,7 +209,7 @@ impl ImageStore {
         read::read_blocking(&self.image, spec, deadline)
     }
 
-    /// [`ImageStore::read_many`] for threads outside the runtime. Returns within `deadline`.
+    /// [`ImageStore::read_many_within`] for threads outside the runtime. Returns within `deadline`.
     pub fn read_many_blocking(
         &self,
         specs: &[ChunkSpec],
@@ -244,6 +271,12 @@ impl ImageStore {
     /// This mount's counters.
     pub fn stats(&self) -> &Arc<MountStats> {
         &self.image.stats
+    }
+}
+
+impl ImageStore {
+    fn own_patience(&self) -> Patience {
+        Patience::of_store(&self.image.host.options)
     }
 }
 

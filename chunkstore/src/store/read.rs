@@ -8,9 +8,9 @@ use std::time::{Duration, Instant};
 use bytes::Bytes;
 use futures_util::future::join_all;
 
-use super::Image;
 use super::local::{Local, check_spec};
 use super::walk::{Progress, walk};
+use super::{Image, MAX_FETCH, StoreOptions};
 use crate::cache::Lookup;
 use crate::flight::{Owner, Ticket, Waiter};
 use crate::{ChunkRef, ChunkSpec, ReadError, TierFailure};
@@ -21,16 +21,32 @@ type Outcome = Result<Bytes, ReadError>;
 /// A reader waits a little longer than the fetch that it waits for, to hear its causes.
 const GRACE: Duration = Duration::from_millis(500);
 
-/// One chunk, waiting at most the store's fetch deadline.
-pub async fn read(image: &Arc<Image>, spec: &ChunkSpec) -> Outcome {
-    let limit = image.host.options.fetch_deadline + GRACE;
-    read_within(image, spec, limit).await
+/// How long a reader waits, and how long a fetch may take that it begins.
+#[derive(Debug, Clone, Copy)]
+pub struct Patience {
+    /// Of the reader.
+    pub wait: Duration,
+    /// Of the fetch, over all tiers.
+    pub fetch: Duration,
 }
 
-/// Several chunks, waiting at most the store's fetch deadline.
-pub async fn read_many(image: &Arc<Image>, specs: &[ChunkSpec]) -> Vec<Outcome> {
-    let limit = image.host.options.fetch_deadline + GRACE;
-    read_many_within(image, specs, limit).await
+impl Patience {
+    /// The store's own: as long as its fetches take.
+    pub fn of_store(options: &StoreOptions) -> Self {
+        Self {
+            wait: options.fetch_deadline + GRACE,
+            fetch: options.fetch_deadline,
+        }
+    }
+
+    /// A reader's who waits at most `limit`, and comes again when that was not enough.
+    pub fn of_reader(limit: Duration, options: &StoreOptions) -> Self {
+        let both_times = limit.saturating_mul(2).min(MAX_FETCH);
+        Self {
+            wait: limit,
+            fetch: both_times.max(options.fetch_deadline),
+        }
+    }
 }
 
 /// One chunk, from this host only.
@@ -50,10 +66,11 @@ pub fn read_blocking(image: &Arc<Image>, spec: &ChunkSpec, deadline: Duration) -
         Local::Missing => {}
     }
     let begun = Instant::now();
+    let patience = Patience::of_reader(deadline, &image.host.options);
     let (done, wait) = mpsc::sync_channel(1);
     let (task_image, task_spec) = (Arc::clone(image), spec.clone());
     image.host.runtime.spawn(async move {
-        let outcome = fetched(&task_image, &task_spec, begun, deadline).await;
+        let outcome = fetched(&task_image, &task_spec, begun, patience).await;
         let _ = done.send(outcome);
     });
     // The task keeps the deadline; this bounds a runtime that is stuck or gone.
@@ -77,10 +94,11 @@ pub fn read_many_blocking(
     deadline: Duration,
 ) -> Vec<Outcome> {
     let begun = Instant::now();
+    let patience = Patience::of_reader(deadline, &image.host.options);
     let (done, wait) = mpsc::sync_channel(1);
     let (task_image, task_specs) = (Arc::clone(image), specs.to_vec());
     image.host.runtime.spawn(async move {
-        let _ = done.send(read_many_within(&task_image, &task_specs, deadline).await);
+        let _ = done.send(read_many(&task_image, &task_specs, patience).await);
     });
     wait.recv_timeout(deadline + GRACE).unwrap_or_else(|_| {
         specs
@@ -96,19 +114,21 @@ pub fn read_many_blocking(
     })
 }
 
-async fn read_within(image: &Arc<Image>, spec: &ChunkSpec, limit: Duration) -> Outcome {
+/// One chunk.
+pub async fn read(image: &Arc<Image>, spec: &ChunkSpec, patience: Patience) -> Outcome {
     let outcome = match image.local(spec) {
         Local::Plain(plain) => Ok(plain),
         Local::Broken(e) => Err(e),
-        Local::Missing => fetched(image, spec, Instant::now(), limit).await,
+        Local::Missing => fetched(image, spec, Instant::now(), patience).await,
     };
     image.counted(outcome)
 }
 
-async fn read_many_within(
+/// Several chunks.
+pub async fn read_many(
     image: &Arc<Image>,
     specs: &[ChunkSpec],
-    limit: Duration,
+    patience: Patience,
 ) -> Vec<Outcome> {
     let begun = Instant::now();
     let mut led = Vec::new();
@@ -121,14 +141,14 @@ async fn read_many_within(
             Local::Missing => Ok(image.join(spec, &mut led)),
         })
         .collect();
-    image.take_off(led);
+    image.take_off(led, patience.fetch);
     let outcomes = places
         .into_iter()
         .zip(specs)
         .map(|(place, spec)| async move {
             match place {
                 Err(outcome) => outcome,
-                Ok(waiter) => landed(image, spec, waiter, begun, limit).await,
+                Ok(waiter) => landed(image, spec, waiter, begun, patience).await,
             }
         });
     let outcomes = join_all(outcomes).await;
@@ -136,12 +156,17 @@ async fn read_many_within(
 }
 
 /// One chunk that is not on this host.
-async fn fetched(image: &Arc<Image>, spec: &ChunkSpec, begun: Instant, limit: Duration) -> Outcome {
+async fn fetched(
+    image: &Arc<Image>,
+    spec: &ChunkSpec,
+    begun: Instant,
+    patience: Patience,
+) -> Outcome {
     check_spec(spec)?;
     let mut led = Vec::new();
     let waiter = image.join(spec, &mut led);
-    image.take_off(led);
-    landed(image, spec, waiter, begun, limit).await
+    image.take_off(led, patience.fetch);
+    landed(image, spec, waiter, begun, patience).await
 }
 
 /// Waits for a flight; leads one of our own where another's failed.
@@ -150,11 +175,11 @@ async fn landed(
     spec: &ChunkSpec,
     mut waiter: Waiter,
     begun: Instant,
-    limit: Duration,
+    patience: Patience,
 ) -> Outcome {
     let us = Owner::Image(image.number);
     loop {
-        let left = limit.saturating_sub(begun.elapsed());
+        let left = patience.wait.saturating_sub(begun.elapsed());
         let Ok(outcome) = tokio::time::timeout(left, waiter.wait()).await else {
             return Err(ReadError::TimedOut {
                 id: *spec.id(),
@@ -170,7 +195,7 @@ async fn landed(
             Some(Err(_)) => {
                 let mut led = Vec::new();
                 waiter = image.join(spec, &mut led);
-                image.take_off(led);
+                image.take_off(led, patience.fetch);
             }
         }
     }
@@ -195,13 +220,14 @@ impl Image {
     }
 
     /// Begins the fetch of what we lead, as a task of its own: no reader that goes away ends it.
-    fn take_off(self: &Arc<Self>, led: Vec<Wanted>) {
+    /// It may take `longest`.
+    fn take_off(self: &Arc<Self>, led: Vec<Wanted>, longest: Duration) {
         if led.is_empty() {
             return;
         }
         let image = Arc::clone(self);
         self.host.runtime.spawn(async move {
-            let deadline = Instant::now() + image.host.options.fetch_deadline;
+            let deadline = Instant::now() + longest;
             let fetched = fetch(&image, led, deadline).await;
             let uncached = fetched.uncached.len() as u64;
             image.stats.uncached.fetch_add(uncached, Relaxed);

@@ -185,6 +185,49 @@ async fn a_read_ends_in_time_when_nothing_answers_and_works_when_the_cause_is_go
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn a_reader_with_more_patience_than_the_store_is_waited_for() {
+    let chunks = chunks(4);
+    let tier = FaultyTier::new("registry", &chunks, Fault::None);
+    tier.set_delay(SHORT * 3);
+    let b = bench(from_ref(&tier), 0, SHORT);
+    assert!(b.image.read(&chunks[0].spec).await.is_err());
+    let patient = b.image.read_within(&chunks[0].spec, LONG).await;
+    assert_eq!(patient.unwrap(), chunks[0].plain);
+    let many = b
+        .image
+        .read_many_within(&[chunks[1].spec.clone()], LONG)
+        .await;
+    assert_eq!(*many[0].as_ref().unwrap(), chunks[1].plain);
+    let (image, spec) = (b.image.clone(), chunks[2].spec.clone());
+    let blocking = tokio::task::spawn_blocking(move || image.read_blocking(&spec, LONG));
+    assert_eq!(blocking.await.unwrap().unwrap(), chunks[2].plain);
+
+    // Half of the time twice is as good as all of it once, and the error tells the half.
+    let half = SHORT * 2;
+    let requests = tier.requests();
+    match b.image.read_within(&chunks[3].spec, half).await {
+        Err(ReadError::TimedOut { waited, .. }) => {
+            assert!((half..half * 2).contains(&waited), "{waited:?}")
+        }
+        other => panic!("{other:?}"),
+    }
+    let again = b.image.read_within(&chunks[3].spec, half).await;
+    assert_eq!(again.unwrap(), chunks[3].plain);
+    assert_eq!(tier.requests(), requests + 1, "one fetch for both");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn an_endless_patience_ends() {
+    let patience = Patience::of_reader(Duration::MAX, &StoreOptions::default());
+    assert_eq!(patience.fetch, MAX_FETCH);
+    let chunks = chunks(1);
+    let tier = FaultyTier::new("registry", &chunks, Fault::None);
+    let b = bench(from_ref(&tier), 0, SHORT);
+    let read = b.image.read_within(&chunks[0].spec, Duration::MAX).await;
+    assert_eq!(read.unwrap(), chunks[0].plain);
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn a_leader_that_is_cancelled_strands_nobody() {
     let chunks = chunks(1);
     let tier = FaultyTier::new("registry", &chunks, Fault::None);

@@ -1,6 +1,5 @@
 //! `lazyimg convert`.
 
-use std::sync::Mutex;
 use std::time::Instant;
 
 use indicatif::ProgressBar;
@@ -48,7 +47,6 @@ struct Report {
 /// Runs the command.
 pub fn run(global: &Global, args: &Convert) -> Result<(), Error> {
     let started = Instant::now();
-    // The domain's name may be wrong: before a key is made.
     let salt = secrets::salt(&args.salt)?;
     let tenant = secrets::tenant(&args.key)?.tenant_key()?;
     let options = ConvertOptions {
@@ -62,7 +60,9 @@ pub fn run(global: &Global, args: &Convert) -> Result<(), Error> {
     };
     let repo = super::repository(&args.image, &args.source)?;
     let (image, form, pushed) = super::block_on(async {
+        let looking = output::spinner(global, "looking the image up");
         let image = repo.resolve(args.image.target()).await?;
+        looking.finish_and_clear();
         let form = build(global, &repo, &image, tenant, options).await?;
         let subject = Descriptor::new(&image.media_type, image.digest, image.manifest_size);
         let tag = tag(&args.image).filter(|_| !args.no_tag);
@@ -91,9 +91,8 @@ async fn build(
     options: ConvertOptions,
 ) -> Result<Form, Error> {
     let total = image.layers.iter().map(|l| l.size).sum();
-    let progress = Progress {
-        bar: Mutex::new(output::byte_bar(global, total, "converting")),
-    };
+    let bar = output::byte_bar(global, total, "converting");
+    let progress = Progress(bar.clone());
     let runtime = tokio::runtime::Handle::current();
     let (repo, image) = (repo.clone(), image.clone());
     let converted = tokio::task::spawn_blocking(move || {
@@ -105,20 +104,24 @@ async fn build(
     })
     .await
     .map_err(|e| Error::Other(format!("the conversion ended abnormally: {e}")))?;
+    bar.finish_and_clear();
     Ok(converted?)
 }
 
-struct Progress {
-    bar: Mutex<ProgressBar>,
-}
+/// What a conversion tells, on a bar.
+struct Progress(ProgressBar);
 
 impl Progress {
     fn event(&self, event: ConvertEvent<'_>) {
-        let Ok(bar) = self.bar.lock() else { return };
         match event {
-            ConvertEvent::Layer(n, of, _) => bar.set_message(format!("layer {} of {of}", n + 1)),
-            ConvertEvent::Read(n) => bar.inc(n),
-            ConvertEvent::Finishing => bar.finish_and_clear(),
+            ConvertEvent::Layer(n, of, _) => {
+                self.0.set_message(format!("layer {} of {of}", n + 1));
+            }
+            ConvertEvent::Read(n) => self.0.inc(n),
+            // Metadata is encoded and packs are hashed: that takes a while with large images.
+            ConvertEvent::Finishing => {
+                output::to_spinner(self.0.clone(), "encoding metadata, hashing packs");
+            }
         }
     }
 }
@@ -194,12 +197,31 @@ fn limits(flags: &LimitFlags) -> Limits {
         metadata_bytes: flags.max_metadata_bytes.unwrap_or(d.metadata_bytes),
         layers: flags.max_layers.unwrap_or(d.layers),
         path_depth: flags.max_path_depth.unwrap_or(d.path_depth),
+        resolve_steps: flags.max_resolve_steps.unwrap_or(d.resolve_steps),
         xattr_bytes_per_entry: flags.max_xattr_bytes.unwrap_or(d.xattr_bytes_per_entry),
         xattr_count_per_entry: flags.max_xattr_count.unwrap_or(d.xattr_count_per_entry),
         pax_bytes: flags.max_pax_bytes.unwrap_or(d.pax_bytes),
         sparse_extents: flags.max_sparse_extents.unwrap_or(d.sparse_extents),
         compression_ratio: flags.max_compression_ratio.unwrap_or(d.compression_ratio),
+        compression_slack_bytes: flags
+            .max_compression_slack_bytes
+            .unwrap_or(d.compression_slack_bytes),
         zstd_window_log: flags.max_zstd_window_log.unwrap_or(d.zstd_window_log),
         ..d
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_bar_stays_while_metadata_is_encoded_and_packs_are_hashed() {
+        let bar = ProgressBar::hidden();
+        let progress = Progress(bar.clone());
+        progress.event(ConvertEvent::Read(1));
+        progress.event(ConvertEvent::Finishing);
+        assert!(!bar.is_finished());
+        assert!(bar.message().contains("packs"), "{}", bar.message());
     }
 }

@@ -1,25 +1,25 @@
 //! `lazyimg doctor`: what this host can do, and which path will be used.
 
+mod cache;
+mod credentials;
+mod rights;
+
 use std::fs;
-use std::os::unix::fs::MetadataExt;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 
 use serde::Serialize;
 
 use crate::args::Doctor;
 use crate::exit::Error;
-use crate::output::{self, bytes};
-use crate::secrets;
-
-/// Below this, a cache is of little use and eviction starts at once, in bytes.
-const LITTLE_SPACE: u64 = 2 << 30;
+use crate::{output, secrets};
+use rights::{MountPath, Rights};
 
 #[derive(Debug, Serialize)]
 struct Report {
     /// Whether mounting will work.
     ready: bool,
-    /// `direct` (root), `fusermount3`, or `none`.
-    mount_path: &'static str,
+    /// `direct`, `fusermount3`, or `none`.
+    mount_path: MountPath,
     checks: Vec<Check>,
 }
 
@@ -43,26 +43,26 @@ enum State {
 
 /// Runs the command.
 pub fn run(args: &Doctor) -> Result<(), Error> {
-    let root = rustix::process::geteuid().is_root();
+    let rights = Rights::of_this_process();
     let fuse = fuse_device();
-    let helper = find_program("fusermount3");
-    let mount_path = match (fuse.state, root, &helper) {
-        (State::Fail, _, _) => "none",
-        (_, true, _) => "direct",
-        (_, false, Some(_)) => "fusermount3",
-        (_, false, None) => "none",
+    let helper = find_program(rights::HELPER);
+    let mount_path = match fuse.state {
+        State::Fail => MountPath::None,
+        _ => rights.mount_path(helper.as_deref()),
     };
     let checks = vec![
         kernel(),
         fuse,
-        fusermount(root, helper.as_deref()),
+        rights.check_mounting(helper.as_deref()),
+        rights.check_others(mount_path),
+        rights.check_random_reads(),
         erofs(),
         open_files(),
-        cache(args),
+        cache::check_cache(args),
         key(args),
-        credentials(),
+        credentials::check_credentials(args.docker_config.as_deref()),
     ];
-    let ready = mount_path != "none" && checks.iter().all(|c| c.state != State::Fail);
+    let ready = mount_path != MountPath::None && checks.iter().all(|c| c.state != State::Fail);
     let report = Report {
         ready,
         mount_path,
@@ -130,42 +130,6 @@ fn fuse_device() -> Check {
     }
 }
 
-fn fusermount(root: bool, helper: Option<&Path>) -> Check {
-    match (helper, root) {
-        (Some(path), _) => {
-            let set_uid = fs::metadata(path).is_ok_and(|m| m.mode() & 0o4000 != 0);
-            let state = if set_uid || root {
-                State::Ok
-            } else {
-                State::Fail
-            };
-            let finding = format!(
-                "{}{}",
-                path.display(),
-                if set_uid { "" } else { " (not set-user-id)" }
-            );
-            check(
-                "fusermount3",
-                state,
-                finding,
-                "reinstall the package fuse3: without set-user-id it mounts for root only",
-            )
-        }
-        (None, true) => check(
-            "fusermount3",
-            State::Ok,
-            "not installed; root does not need it",
-            "",
-        ),
-        (None, false) => check(
-            "fusermount3",
-            State::Fail,
-            "not installed",
-            "apt-get install fuse3",
-        ),
-    }
-}
-
 fn erofs() -> Check {
     let known = fs::read_to_string("/proc/filesystems").is_ok_and(|t| t.contains("erofs"));
     let finding = if known {
@@ -199,65 +163,6 @@ fn open_files() -> Check {
     )
 }
 
-fn cache(args: &Doctor) -> Check {
-    let dir = match args
-        .cache
-        .cache_dir
-        .clone()
-        .or_else(crate::config::cache_dir)
-    {
-        Some(dir) => dir,
-        None => {
-            return check(
-                "cache",
-                State::Fail,
-                "neither HOME nor XDG_CACHE_HOME is set",
-                "say where with --cache-dir",
-            );
-        }
-    };
-    let existing = dir
-        .ancestors()
-        .find(|p| p.exists())
-        .unwrap_or(Path::new("/"));
-    if let Err(e) = rustix::fs::access(existing, rustix::fs::Access::WRITE_OK) {
-        return check(
-            "cache",
-            State::Fail,
-            format!("{}: {e}", existing.display()),
-            "choose a directory of yours with --cache-dir",
-        );
-    }
-    match rustix::fs::statvfs(existing) {
-        Ok(stat) => {
-            let free = stat.f_bavail * stat.f_frsize;
-            let state = if free >= LITTLE_SPACE {
-                State::Ok
-            } else {
-                State::Note
-            };
-            let finding = format!(
-                "{}: {} free, at most {} used",
-                dir.display(),
-                bytes(free),
-                bytes(args.cache.cache_bytes)
-            );
-            check(
-                "cache",
-                state,
-                finding,
-                "little space: the cache will forget early; choose another place with --cache-dir",
-            )
-        }
-        Err(e) => check(
-            "cache",
-            State::Note,
-            format!("{}: {e}", existing.display()),
-            "",
-        ),
-    }
-}
-
 fn key(args: &Doctor) -> Check {
     match secrets::tenant(&args.key) {
         Ok(lazyimg_convergent::provider::Provider::File(path)) if !path.exists() => check(
@@ -271,22 +176,6 @@ fn key(args: &Doctor) -> Check {
             Err(e) => check("tenant key", State::Fail, e.to_string(), "see the finding"),
         },
         Err(e) => check("tenant key", State::Fail, e.to_string(), "see the finding"),
-    }
-}
-
-fn credentials() -> Check {
-    let home = std::env::var_os("HOME").map(PathBuf::from);
-    let dir = std::env::var_os("DOCKER_CONFIG")
-        .map(PathBuf::from)
-        .or_else(|| home.map(|h| h.join(".docker")));
-    match dir.map(|d| d.join("config.json")).filter(|p| p.exists()) {
-        Some(path) => check("credentials", State::Ok, path.display().to_string(), ""),
-        None => check(
-            "credentials",
-            State::Ok,
-            "none: registries are asked anonymously",
-            "",
-        ),
     }
 }
 
@@ -310,10 +199,10 @@ fn text(report: &Report) -> String {
             out += &format!("      {:12} → {advice}\n", "");
         }
     }
-    out += &match report.mount_path {
-        "direct" => "mounts: FUSE tree, mounted directly (root)\n".to_owned(),
-        "fusermount3" => "mounts: FUSE tree, through fusermount3 (no root needed)\n".to_owned(),
-        _ => "mounts: not possible yet\n".to_owned(),
+    out += match report.mount_path {
+        MountPath::Direct => "mounts: FUSE tree, mounted directly (CAP_SYS_ADMIN)\n",
+        MountPath::Helper => "mounts: FUSE tree, through fusermount3 (no root needed)\n",
+        MountPath::None => "mounts: not possible yet\n",
     };
     out
 }

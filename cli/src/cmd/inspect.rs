@@ -9,7 +9,7 @@ use lazyimg_image::reference::ImageRef;
 use lazyimg_image::source::ResolvedImage;
 use serde::Serialize;
 
-use crate::args::{Inspect, Source};
+use crate::args::{Global, Inspect, Source};
 use crate::exit::Error;
 use crate::output::{self, bytes, percent};
 
@@ -79,12 +79,14 @@ struct Shared {
 }
 
 /// Runs the command.
-pub fn run(args: &Inspect) -> Result<(), Error> {
+pub fn run(global: &Global, args: &Inspect) -> Result<(), Error> {
+    let reading = output::spinner(global, "reading the manifest");
     let (mut report, manifest) = super::block_on(load(&args.image, &args.source))?;
     if let Some(with) = &args.with {
         let (_, other) = super::block_on(load(with, &args.source))?;
         report.shared = Some(shared(with.to_string(), &manifest, &other));
     }
+    reading.finish_and_clear();
     if args.json {
         output::json(&report)
     } else {
@@ -224,11 +226,12 @@ fn text(r: &Report) -> String {
         );
     }
     out += &format!(
-        "stored     {} ({} of the files' bytes) in {} packs; manifest {}\n",
+        "stored     {} ({} of the files' bytes) in {} packs; manifest {}\n           {} if no chunk were shared within the image\n",
         bytes(r.stored_bytes),
         percent(r.stored_bytes, r.file_bytes),
         r.packs.len(),
-        bytes(r.manifest_bytes as u64)
+        bytes(r.manifest_bytes as u64),
+        bytes(r.total_stored_bytes)
     );
     if let Some(s) = &r.shared {
         out += &format!(

@@ -11,20 +11,18 @@ use lazyimg_fuse::daemon::{self, DaemonOptions, Start};
 use lazyimg_fuse::mount::MountFlags;
 use lazyimg_fuse::opener::RegistryOpener;
 use lazyimg_fuse::protocol::{
-    KeySource, MountRequest, Reply, SourceSettings, TreeSettings, WirePath,
+    CacheSettings, KeySource, MountRequest, Reply, SourceSettings, TreeSettings, WirePath,
 };
 use lazyimg_fuse::tree::TreeOptions;
+use lazyimg_image::credentials::CredentialPlaces;
 
-use crate::args::{Cache, Global, Mount};
+use crate::args::{Cache, CacheDir, Global, Mount};
 use crate::exit::Error;
 use crate::{config, output, secrets};
 
 /// The daemon stays this long after its last mount is gone: long enough for a script that mounts
 /// again, short enough not to be found idle.
 const LINGER: Duration = Duration::from_secs(1);
-
-/// The longest `--read-timeout`, in seconds: a day.
-const MAX_READ_TIMEOUT: f64 = 86_400.0;
 
 /// Runs the command.
 pub fn run(global: &Global, args: &Mount) -> Result<(), Error> {
@@ -45,7 +43,9 @@ pub fn run(global: &Global, args: &Mount) -> Result<(), Error> {
     };
     if args.foreground {
         let options = daemon_options(&args.cache)?;
+        let waiting = output::spinner(global, "mounting");
         let ready = Box::new(move |reply: Reply| {
+            waiting.finish_and_clear();
             if let Reply::Mounted { dir, note, .. } = reply {
                 told(&dir.0, note.as_deref());
             }
@@ -56,14 +56,21 @@ pub fn run(global: &Global, args: &Mount) -> Result<(), Error> {
         };
         return daemon::run(options, start).map_err(Error::from);
     }
-    let mounted = client(&args.cache)?.mount(request)?;
+    let waiting = output::spinner(global, "mounting");
+    let mounted = starting_client(&args.cache)?.mount(request)?;
+    waiting.finish_and_clear();
     told(&mounted.dir, mounted.note.as_deref());
     Ok(())
 }
 
+/// The client of a cache's daemon, where there is one.
+pub fn client(place: &CacheDir) -> Result<Client, Error> {
+    Ok(Client::new(&cache_dir(place)?, None)?)
+}
+
 /// The client of a cache's daemon, which it can start.
-pub fn client(cache: &Cache) -> Result<Client, Error> {
-    let dir = cache_dir(cache)?;
+fn starting_client(cache: &Cache) -> Result<Client, Error> {
+    let dir = cache_dir(&cache.place)?;
     let program = std::env::current_exe().map_err(Error::io("finding this program"))?;
     let mut args = vec![
         "daemon".into(),
@@ -73,8 +80,8 @@ pub fn client(cache: &Cache) -> Result<Client, Error> {
             .into(),
     ];
     for (flag, value) in [
-        ("--cache-bytes", cache.cache_bytes),
-        ("--hot-bytes", cache.hot_bytes),
+        ("--cache-bytes", cache.cache_bytes()),
+        ("--hot-bytes", cache.hot_bytes()),
     ] {
         args.extend([flag.into(), value.to_string().into()]);
     }
@@ -84,12 +91,12 @@ pub fn client(cache: &Cache) -> Result<Client, Error> {
 /// What a daemon of this cache is told.
 pub fn daemon_options(cache: &Cache) -> Result<DaemonOptions, Error> {
     let store = StoreOptions {
-        hot_bytes: usize::try_from(cache.hot_bytes).unwrap_or(usize::MAX),
+        hot_bytes: usize::try_from(cache.hot_bytes()).unwrap_or(usize::MAX),
         ..StoreOptions::default()
     };
     Ok(DaemonOptions {
-        cache_dir: cache_dir(cache)?,
-        cache: CacheOptions::new(cache.cache_bytes),
+        cache_dir: cache_dir(&cache.place)?,
+        cache: CacheOptions::new(cache.cache_bytes()),
         store,
         linger: LINGER,
         opener: Arc::new(RegistryOpener::default()),
@@ -97,8 +104,8 @@ pub fn daemon_options(cache: &Cache) -> Result<DaemonOptions, Error> {
 }
 
 /// The cache's directory.
-pub fn cache_dir(cache: &Cache) -> Result<PathBuf, Error> {
-    cache
+pub fn cache_dir(place: &CacheDir) -> Result<PathBuf, Error> {
+    place
         .cache_dir
         .clone()
         .or_else(config::cache_dir)
@@ -119,12 +126,8 @@ fn request(args: &Mount) -> Result<MountRequest, Error> {
         Provider::File(path) => KeySource::File(absolute(path)?),
         Provider::Command(command) => KeySource::Command(command),
     };
-    if !(args.read_timeout > 0.0 && args.read_timeout <= MAX_READ_TIMEOUT) {
-        return Err(Error::Usage(format!(
-            "--read-timeout {}: give seconds above 0 and up to {MAX_READ_TIMEOUT}",
-            args.read_timeout
-        )));
-    }
+    let places = CredentialPlaces::for_another_process(args.source.docker_config.as_deref())
+        .map_err(Error::io("finding the working directory"))?;
     let options = TreeOptions {
         read_timeout: Duration::from_secs_f64(args.read_timeout),
         fill: !args.no_fill,
@@ -139,7 +142,14 @@ fn request(args: &Mount) -> Result<MountRequest, Error> {
         source: SourceSettings {
             platform: args.source.platform.as_ref().map(ToString::to_string),
             plain_http: args.source.plain_http,
-            docker_config: docker_config(args)?.map(absolute).transpose()?,
+            docker_config: None,
+            // Those of whoever mounts, not of whoever started the daemon.
+            credentials: Some(places.into()),
+        },
+        // What was not asked for may be what it is.
+        cache: CacheSettings {
+            cache_bytes: args.cache.cache_bytes,
+            hot_bytes: args.cache.hot_bytes,
         },
         flags: MountFlags {
             suid: args.suid,
@@ -150,12 +160,42 @@ fn request(args: &Mount) -> Result<MountRequest, Error> {
     })
 }
 
-/// The credentials of whoever mounts, not of whoever started the daemon.
-fn docker_config(args: &Mount) -> Result<Option<PathBuf>, Error> {
-    let dir = || {
-        std::env::var_os("DOCKER_CONFIG")
-            .filter(|d| !d.is_empty())
-            .map(PathBuf::from)
-    };
-    Ok(args.source.docker_config.clone().or_else(dir))
+#[cfg(test)]
+mod tests {
+    use clap::Parser;
+
+    use super::*;
+    use crate::args::{Cli, Command};
+
+    fn asked(more: &[&str]) -> MountRequest {
+        let words = ["lazyimg", "mount", "r/x:1", "/m", "--key-command", "true"];
+        let cli = Cli::parse_from(words.iter().chain(more));
+        match cli.command {
+            Command::Mount(args) => request(&args).unwrap(),
+            other => panic!("{other:?}"),
+        }
+    }
+
+    #[test]
+    fn a_mount_without_flags_has_the_documented_defaults_and_asks_for_no_other_cache() {
+        let plain = asked(&[]);
+        assert_eq!(plain.tree, TreeSettings::default());
+        assert_eq!(plain.tree.read_timeout_ms, 30_000);
+        assert_eq!(plain.cache, CacheSettings::default());
+        let cache = asked(&["--cache-bytes", "5", "--hot-bytes", "6"]).cache;
+        assert_eq!((cache.cache_bytes, cache.hot_bytes), (Some(5), Some(6)));
+    }
+
+    #[test]
+    fn the_places_of_credentials_are_this_process_and_none_of_their_secrets() {
+        let given = asked(&["--docker-config", "some/config.json"]);
+        let credentials = given.source.credentials.unwrap();
+        let here = std::env::current_dir().unwrap();
+        assert_eq!(credentials.files, [WirePath(here.join("some/config.json"))]);
+        let path = std::env::var_os("PATH");
+        assert_eq!(credentials.helper_env.contains_key("PATH"), path.is_some());
+        let usual = asked(&[]).source.credentials.unwrap();
+        let places = CredentialPlaces::here(None);
+        assert_eq!(usual.files.len(), places.files.len());
+    }
 }

@@ -23,14 +23,27 @@ pub fn run(global: &Global, args: &Umount) -> Result<(), Error> {
             })
         }
     };
+    let mut errors = Vec::new();
     for dir in dirs {
-        if client.umount(&dir, how)? {
-            let words = format!(
-                "{}: detached; open files keep it alive until they are closed",
-                dir.display()
-            );
-            output::say(global, &words);
+        match client.umount(&dir, how) {
+            Ok(true) => {
+                let words = format!(
+                    "{}: detached; open files keep it alive until they are closed",
+                    dir.display()
+                );
+                output::say(global, &words);
+            }
+            Ok(false) => {}
+            // A busy one must not keep the others.
+            Err(error) => errors.push(Error::from(error)),
         }
     }
-    Ok(())
+    match errors.pop() {
+        None => Ok(()),
+        Some(only) if errors.is_empty() => Err(only),
+        Some(last) => {
+            errors.push(last);
+            Err(Error::Several(errors))
+        }
+    }
 }

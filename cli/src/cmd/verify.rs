@@ -5,6 +5,8 @@ use std::path::Path;
 use std::str::FromStr;
 
 use lazyimg_chunkstore::VerifyScope;
+use lazyimg_fuse::protocol::VerifyReport;
+use lazyimg_fuse::tally::Tally;
 use lazyimg_image::erofs::{self, Reader};
 use lazyimg_image::reference::ImageRef;
 use serde::Serialize;
@@ -25,14 +27,36 @@ const MAX_TOLD: usize = 100;
 struct Report {
     target: String,
     chunks: u64,
-    stored_bytes: u64,
-    /// Inodes that the metadata's walk met.
-    inodes: u64,
+    /// Ciphertext of those chunks; null for mounts.
+    stored_bytes: Option<u64>,
+    /// Inodes that the metadata's walk met; null for mounts, and when it could not be walked.
+    inodes: Option<u64>,
+    /// Chunks whose copy in the host cache was checked; null for images.
+    cached: Option<u64>,
     damaged: u64,
+    /// Chunks that could not be checked.
+    unreachable: u64,
     /// Bad copies in the host cache that were replaced (mounts only).
     healed: u64,
-    /// The first findings in words.
+    /// The first findings of damage in words.
     findings: Vec<String>,
+    /// Why chunks could not be checked, each cause once.
+    unreachable_causes: Vec<String>,
+}
+
+impl Report {
+    fn new(target: &str, found: VerifyReport) -> Self {
+        Self {
+            target: target.to_owned(),
+            chunks: found.good + found.bad + found.unreachable,
+            damaged: found.bad,
+            unreachable: found.unreachable,
+            healed: found.healed,
+            findings: found.failures,
+            unreachable_causes: found.unreachable_causes,
+            ..Self::default()
+        }
+    }
 }
 
 /// Runs the command.
@@ -49,11 +73,21 @@ pub fn run(global: &Global, args: &Verify) -> Result<(), Error> {
     } else {
         output::data(&text(&report))?;
     }
-    match report.damaged {
-        0 => Ok(()),
-        n => Err(Error::Damaged(format!(
-            "{n} of {} chunks of {} are damaged: convert the image again, or restore the registry's blobs",
-            report.chunks, report.target
+    verdict(&report)
+}
+
+/// Damage is the worse news: who hears of both acts on it first.
+fn verdict(report: &Report) -> Result<(), Error> {
+    let (chunks, target) = (report.chunks, &report.target);
+    match (report.damaged, report.unreachable) {
+        (0, 0) => Ok(()),
+        (0, n) => Err(Error::Unreachable(format!(
+            "{n} of {chunks} chunks of {target} could not be checked ({}); nothing is known to be damaged: \
+             verify again when they can be reached",
+            report.unreachable_causes.join("; ")
+        ))),
+        (n, _) => Err(Error::Damaged(format!(
+            "{n} of {chunks} chunks of {target} are damaged: convert the image again, or restore the registry's blobs"
         ))),
     }
 }
@@ -61,19 +95,16 @@ pub fn run(global: &Global, args: &Verify) -> Result<(), Error> {
 /// The host cache's copies of a mount, then, for what is not there, the tiers'.
 fn verify_mount(global: &Global, args: &Verify) -> Result<Report, Error> {
     let client = super::mount::client(&args.cache)?;
-    let bar = output::byte_bar(global, 0, "verifying");
-    let result = client.verify(Path::new(&args.target), false, &mut |done, total| {
+    let bar = output::count_bar(global, "verifying");
+    let found = client.verify(Path::new(&args.target), false, &mut |done, total| {
         bar.set_length(total);
         bar.set_position(done);
     })?;
     bar.finish_and_clear();
+    let cached = found.cached;
     Ok(Report {
-        target: args.target.clone(),
-        chunks: result.good + result.bad,
-        damaged: result.bad,
-        healed: result.healed,
-        findings: result.failures,
-        ..Report::default()
+        cached: Some(cached),
+        ..Report::new(&args.target, found)
     })
 }
 
@@ -84,10 +115,6 @@ async fn verify_image(
 ) -> Result<Report, Error> {
     let tenant = secrets::tenant(&args.key)?.existing_tenant_key()?;
     let image = opened::open(reference, &args.source, &tenant).await?;
-    let mut report = Report {
-        target: args.target.clone(),
-        ..Report::default()
-    };
     let mut seen = std::collections::HashSet::new();
     let specs: Vec<_> = image
         .view
@@ -95,25 +122,24 @@ async fn verify_image(
         .filter(|s| seen.insert(*s.id()))
         .cloned()
         .collect();
-    report.chunks = specs.len() as u64;
-    report.stored_bytes = specs.iter().map(|s| u64::from(s.chunk.stored_len)).sum();
-    let bar = output::byte_bar(global, report.stored_bytes, "verifying");
+    let stored_bytes = specs.iter().map(|s| u64::from(s.chunk.stored_len)).sum();
+    let bar = output::byte_bar(global, stored_bytes, "verifying");
+    let mut tally = Tally::new(MAX_TOLD);
     for batch in specs.chunks(BATCH) {
-        for (spec, result) in batch
+        for (spec, outcome) in batch
             .iter()
             .zip(image.store.verify(batch, VerifyScope::Tiers).await)
         {
             bar.inc(u64::from(spec.chunk.stored_len));
-            if let Err(error) = result {
-                report.damaged += 1;
-                if report.findings.len() < MAX_TOLD {
-                    report.findings.push(error.to_string());
-                }
-            }
+            tally.add(outcome);
         }
     }
     bar.finish_and_clear();
-    if report.damaged == 0 {
+    let mut report = Report {
+        stored_bytes: Some(stored_bytes),
+        ..Report::new(&args.target, tally.report())
+    };
+    if report.damaged + report.unreachable == 0 {
         walk(&image, &mut report).await?;
     }
     Ok(report)
@@ -129,7 +155,8 @@ async fn walk(image: &OpenedImage, report: &mut Report) -> Result<(), Error> {
         .collect();
     let mut metadata = Vec::new();
     for chunk in image.store.read_many(&specs).await {
-        metadata.extend_from_slice(&chunk.map_err(|e| Error::Damaged(e.to_string()))?);
+        // It was right a moment ago; now its registry may be gone.
+        metadata.extend_from_slice(&chunk?);
     }
     let data_len = image.view.data_len();
     let damaged = |e: erofs::ReadError| Error::Damaged(format!("metadata: {e}"));
@@ -155,7 +182,7 @@ async fn walk(image: &OpenedImage, report: &mut Report) -> Result<(), Error> {
     .map_err(damaged)?;
     report.damaged += findings.len() as u64;
     report.findings.append(&mut findings);
-    report.inodes = inodes;
+    report.inodes = Some(inodes);
     Ok(())
 }
 
@@ -164,6 +191,9 @@ fn text(report: &Report) -> String {
     for finding in &report.findings {
         out += &format!("damaged: {finding}\n");
     }
+    for cause in &report.unreachable_causes {
+        out += &format!("could not be checked: {cause}\n");
+    }
     if report.healed > 0 {
         out += &format!(
             "healed: {} bad copies in the host cache were replaced\n",
@@ -171,12 +201,81 @@ fn text(report: &Report) -> String {
         );
     }
     out += &format!(
-        "{}: {} chunks ({}) checked, {} inodes walked, {} damaged\n",
+        "{}: {} chunks",
         report.target,
-        report.chunks,
-        bytes(report.stored_bytes),
-        report.inodes,
-        report.damaged
+        report.chunks - report.unreachable
     );
-    out
+    if let Some(stored_bytes) = report.stored_bytes.filter(|_| report.unreachable == 0) {
+        out += &format!(" ({})", bytes(stored_bytes));
+    }
+    out += " checked";
+    if let Some(cached) = report.cached {
+        out += &format!(", {cached} of them in the host cache");
+    }
+    if let Some(inodes) = report.inodes {
+        out += &format!(", {inodes} inodes walked");
+    }
+    out += &format!(", {} damaged", report.damaged);
+    if report.unreachable > 0 {
+        out += &format!(", {} could not be checked", report.unreachable);
+    }
+    out + "\n"
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn report(damaged: u64, unreachable: u64) -> Report {
+        Report::new(
+            "/mnt/app",
+            VerifyReport {
+                good: 3,
+                bad: damaged,
+                unreachable,
+                unreachable_causes: vec!["registry: connection refused".to_owned()],
+                ..VerifyReport::default()
+            },
+        )
+    }
+
+    #[test]
+    fn an_outage_is_told_apart_from_damage_and_damage_counts_first() {
+        assert!(verdict(&report(0, 0)).is_ok());
+        let outage = verdict(&report(0, 2)).unwrap_err();
+        assert!(matches!(outage, Error::Unreachable(_)), "{outage:?}");
+        let words = outage.to_string();
+        assert!(
+            words.contains("2 of 5") && words.contains("connection refused"),
+            "{words}"
+        );
+        assert!(!words.contains("convert"), "{words}");
+        for unreachable in [0, 2] {
+            let damage = verdict(&report(1, unreachable)).unwrap_err();
+            assert!(matches!(damage, Error::Damaged(_)), "{damage:?}");
+        }
+    }
+
+    #[test]
+    fn what_was_not_looked_at_is_not_told() {
+        let mount = Report {
+            cached: Some(2),
+            ..report(0, 0)
+        };
+        let told = text(&mount);
+        assert!(
+            told.ends_with("/mnt/app: 3 chunks checked, 2 of them in the host cache, 0 damaged\n"),
+            "{told}"
+        );
+        let image = Report {
+            stored_bytes: Some(5),
+            inodes: Some(7),
+            ..report(0, 0)
+        };
+        let told = text(&image);
+        assert!(
+            told.ends_with("3 chunks (5 B) checked, 7 inodes walked, 0 damaged\n"),
+            "{told}"
+        );
+    }
 }

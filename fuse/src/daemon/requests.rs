@@ -5,19 +5,21 @@ use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::Duration;
 
-use lazyimg_chunkstore::{ChunkSpec, CopyPlace, FetchError, MountStats, ReadError, VerifyScope};
+use lazyimg_chunkstore::{ChunkSpec, FetchError, MountStats, ReadError, VerifyScope};
 
-use super::Daemon;
 use super::connection::Progress;
 use super::mounts::Mounted;
-use crate::errno::chain;
+use super::{Daemon, StoreError};
+use crate::errno::{causes, chain};
+use crate::faults::Faults;
 use crate::meta::Metadata;
 use crate::mount::{MountError, TreeMount};
 use crate::mountpoint::{self, MountpointError, Unmount};
 use crate::opener::OpenedImage;
 use crate::protocol::{
-    ErrorCode, MAX_FAILURES, MountRequest, Reply, Request, StatusReport, VerifyReport, WirePath,
+    CacheSettings, ErrorCode, MAX_FAILURES, MountRequest, Reply, Request, StatusReport, WirePath,
 };
+use crate::tally::Tally;
 use crate::tree::{TreeFs, TreeOptions};
 
 /// Chunks that a verification asks for at once: some 16 MiB.
@@ -60,6 +62,17 @@ impl From<MountpointError> for Refusal {
 impl From<MountError> for Refusal {
     fn from(error: MountError) -> Self {
         Self::new(ErrorCode::Mount, error.to_string())
+    }
+}
+
+impl From<StoreError> for Refusal {
+    fn from(error: StoreError) -> Self {
+        let code = match &error {
+            StoreError::Cache(_) => ErrorCode::Cache,
+            StoreError::Task(_) => ErrorCode::Internal,
+            StoreError::Ending => ErrorCode::Again,
+        };
+        Self::new(code, chain(&error))
     }
 }
 
@@ -125,11 +138,10 @@ impl Daemon {
             self.options.opener.open(&request),
             self.store(),
         );
-        let note = prepared??;
+        let notes = [prepared??, self.unlike_asked(&request.cache)];
         let OpenedImage { view, tiers, early } =
             opened.map_err(|e| Refusal::new(e.code, e.message))?;
-        let store = store.map_err(|e| Refusal::new(ErrorCode::Cache, e))?;
-        let store = store.image(tiers, Arc::new(MountStats::new()));
+        let store = store?.image(tiers, Arc::new(MountStats::new()));
         store.accept(early);
         let view = Arc::new(view);
         let options = TreeOptions::from(&request.tree);
@@ -137,6 +149,7 @@ impl Daemon {
             view.meta(),
             store.clone(),
             options.read_timeout,
+            Arc::new(Faults::new(dir.to_string_lossy())),
         ));
         let loading = Arc::clone(&metadata);
         let loader = tokio::spawn(async move { loading.load().await }).abort_handle();
@@ -157,10 +170,25 @@ impl Daemon {
             return Err(refusal);
         }
         tracing::info!(mount = %dir.display(), %digest, "mounted");
+        let notes: Vec<String> = notes.into_iter().flatten().collect();
         Ok(Reply::Mounted {
             digest,
             dir: WirePath(dir),
-            note,
+            note: (!notes.is_empty()).then(|| notes.join("\n")),
+        })
+    }
+
+    /// What to tell a client who asks for another cache than there is.
+    fn unlike_asked(&self, asked: &CacheSettings) -> Option<String> {
+        let cache_bytes = self.options.cache.max_bytes;
+        let hot_bytes = self.options.store.hot_bytes as u64;
+        let differs = |asked: Option<u64>, is| asked.is_some_and(|asked| asked != is);
+        let unlike = differs(asked.cache_bytes, cache_bytes) || differs(asked.hot_bytes, hot_bytes);
+        unlike.then(|| {
+            format!(
+                "the daemon of this cache runs with --cache-bytes {cache_bytes} --hot-bytes {hot_bytes}; \
+                 unmount everything to change it"
+            )
         })
     }
 
@@ -173,7 +201,6 @@ impl Daemon {
         options: TreeOptions,
     ) -> Result<(), Refusal> {
         let tree = TreeFs::open(
-            &mounted.dir.to_string_lossy(),
             Arc::clone(&mounted.metadata),
             Arc::clone(&mounted.view),
             mounted.store.clone(),
@@ -262,7 +289,7 @@ impl Daemon {
         } else {
             VerifyScope::CacheFirst
         };
-        let mut report = VerifyReport::default();
+        let mut tally = Tally::new(MAX_FAILURES);
         for (i, batch) in specs.chunks(VERIFY_BATCH).enumerate() {
             // A full channel has an older step in it, which will do.
             if let Err(tokio::sync::mpsc::error::TrySendError::Closed(_)) =
@@ -273,23 +300,11 @@ impl Daemon {
                     "nobody waits for the result",
                 ));
             }
-            for result in mounted.store.verify(batch, scope).await {
-                match result {
-                    Ok(verified) => {
-                        report.good += 1;
-                        report.healed += u64::from(verified.healed);
-                        report.cached += u64::from(verified.copy == CopyPlace::Cache);
-                    }
-                    Err(error) => {
-                        report.bad += 1;
-                        if report.failures.len() < MAX_FAILURES {
-                            report.failures.push(chain(&error));
-                        }
-                    }
-                }
+            for outcome in mounted.store.verify(batch, scope).await {
+                tally.add(outcome);
             }
         }
-        Ok(Reply::Verified(report))
+        Ok(Reply::Verified(tally.report()))
     }
 }
 
@@ -304,20 +319,16 @@ async fn blocking<T: Send + 'static>(
 
 /// What kind of failure it is when the metadata can't be read.
 fn code_of(error: &(dyn std::error::Error + 'static)) -> ErrorCode {
-    let mut cause = Some(error);
-    while let Some(error) = cause {
-        if let Some(ReadError::Tiers { failures, .. }) = error.downcast_ref() {
+    match causes(error).find_map(|cause| cause.downcast_ref()) {
+        Some(ReadError::Tiers { failures, .. }) => {
             let codes: Vec<_> = failures.iter().map(|f| fetch_code(&f.error)).collect();
             let worst = [ErrorCode::Damaged, ErrorCode::Key, ErrorCode::Unreachable];
             let found = worst.into_iter().find(|code| codes.contains(code));
-            return found.unwrap_or(ErrorCode::Image);
+            found.unwrap_or(ErrorCode::Image)
         }
-        if let Some(ReadError::TimedOut { .. }) = error.downcast_ref() {
-            return ErrorCode::Unreachable;
-        }
-        cause = error.source();
+        Some(ReadError::TimedOut { .. }) => ErrorCode::Unreachable,
+        _ => ErrorCode::Image,
     }
-    ErrorCode::Image
 }
 
 fn fetch_code(error: &FetchError) -> ErrorCode {

@@ -43,7 +43,11 @@ const ADVICE: u64 = 128 << 10;
 const RECENT: NonZeroUsize = NonZeroUsize::new(256).expect("not zero");
 
 /// The requests that a fill causes come within this time; later ones are a program's.
-const FRESH: Duration = Duration::from_secs(2);
+const FRESH: Duration = Duration::from_millis(250);
+
+/// Shorter requests are a program's: a fill's are as long as the kernel's readahead, but for the last
+/// of a chunk. In bytes.
+const MIN_FILLING: u64 = 32 << 10;
 
 /// The way to the filling thread. Without a thread (not started, not allowed, ended) nothing is
 /// filled.
@@ -105,8 +109,11 @@ impl Filler {
         self.filled_bytes.load(Relaxed)
     }
 
-    /// Whether a read of this extent of a file is likely caused by a fill.
-    pub fn is_filling(&self, ino: INodeNo, extent: usize) -> bool {
+    /// Whether a read of `len` bytes in this extent of a file is likely caused by a fill.
+    pub fn is_filling(&self, ino: INodeNo, extent: usize, len: u64) -> bool {
+        if len < MIN_FILLING {
+            return false;
+        }
         let mut recent = self.recent.lock();
         let Some(recent) = recent.as_mut() else {
             return false;

@@ -71,9 +71,10 @@ impl Shared {
                 request.data_start + request.range.start..request.data_start + request.range.end,
             )
             .collect();
+        let len = request.range.end - request.range.start;
         let filling = segments
             .first()
-            .is_some_and(|s| self.filler.is_filling(request.ino, s.extent));
+            .is_some_and(|s| self.filler.is_filling(request.ino, s.extent, len));
         let advice = if filling {
             Advice::default()
         } else {
@@ -90,15 +91,7 @@ impl Shared {
         }
         let shared = Arc::clone(self);
         self.runtime.spawn(async move {
-            // The kernel asks twice for a page that it does not get: ahead of the reader, then for
-            // the page alone. The fetch goes on meanwhile, so two halves wait as long as one whole.
-            let fetched = tokio::time::timeout(
-                shared.options.read_timeout / 2,
-                shared.fetch(&segments, &mut pieces),
-            )
-            .await;
-            let outcome = fetched.unwrap_or(Err(Failure::TimedOut(shared.options.read_timeout)));
-            match outcome {
+            match shared.fetch(&segments, &mut pieces).await {
                 Ok(()) => answer(reply, pieces.iter().flatten()),
                 Err(failure) => reply.error(shared.failed("read", &failure)),
             }
@@ -122,12 +115,15 @@ impl Shared {
         }
     }
 
-    /// Fills in the pieces that are not there.
+    /// Fills in the pieces that are not there, within half of the read timeout: the kernel asks
+    /// twice for a page that it does not get, ahead of the reader, then for the page alone. The fetch
+    /// goes on meanwhile, so two halves wait as long as one whole.
     async fn fetch(
         &self,
         segments: &[Segment],
         pieces: &mut [Option<Piece>],
     ) -> Result<(), Failure> {
+        let half = self.options.read_timeout / 2;
         let missing: Vec<(usize, &ChunkSpec)> = segments
             .iter()
             .enumerate()
@@ -135,11 +131,12 @@ impl Shared {
             .filter_map(|(i, segment)| Some((i, self.spec(segment)?)))
             .collect();
         if let [(i, spec)] = missing[..] {
-            pieces[i] = Some(piece(&self.store.read(spec).await?, &segments[i]));
+            pieces[i] = Some(piece(&self.store.read_within(spec, half).await?, &segments[i]));
             return Ok(());
         }
         let specs: Vec<ChunkSpec> = missing.iter().map(|&(_, spec)| spec.clone()).collect();
-        for ((i, _), chunk) in missing.into_iter().zip(self.store.read_many(&specs).await) {
+        let chunks = self.store.read_many_within(&specs, half).await;
+        for ((i, _), chunk) in missing.into_iter().zip(chunks) {
             pieces[i] = Some(piece(&chunk?, &segments[i]));
         }
         Ok(())

@@ -112,6 +112,7 @@ fn request(image: &str, dir: &str, read_timeout_ms: u64) -> MountRequest {
         namespace: namespace().expect("/proc is mounted"),
         key: KeySource::File(WirePath("/unused".into())),
         source: Default::default(),
+        cache: Default::default(),
         flags: Default::default(),
         tree: TreeSettings {
             read_timeout_ms,

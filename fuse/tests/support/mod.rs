@@ -13,6 +13,7 @@ use std::time::Duration;
 use lazyimg_chunkstore::{
     CacheOptions, HostCache, ImageStore, MountStats, OriginOptions, PackOrigin, Store, StoreOptions,
 };
+use lazyimg_fuse::faults::Faults;
 use lazyimg_fuse::meta::Metadata;
 use lazyimg_fuse::mount::{MountFlags, TreeMount};
 use lazyimg_fuse::mountpoint::{Unmount, unmount};
@@ -47,6 +48,8 @@ pub struct Mounted {
 pub struct Options {
     pub tree: TreeOptions,
     pub hot_bytes: usize,
+    /// [`StoreOptions::fetch_deadline`].
+    pub fetch_deadline: Duration,
     pub flags: MountFlags,
     pub health: Health,
     /// Whether metadata is fetched before anybody asks.
@@ -61,6 +64,7 @@ impl Default for Options {
                 ..TreeOptions::default()
             },
             hot_bytes: 16 << 20,
+            fetch_deadline: Duration::from_secs(30),
             flags: MountFlags::default(),
             health: Health::Good,
             load: true,
@@ -87,7 +91,7 @@ impl Mounted {
             HostCache::open(&scratch.path().join("cache"), CacheOptions::new(4 << 30)).unwrap();
         let store_options = StoreOptions {
             hot_bytes: options.hot_bytes,
-            ..StoreOptions::default()
+            fetch_deadline: options.fetch_deadline,
         };
         let host = Store::new(Some(cache), store_options, runtime.handle().clone());
         let origin = Arc::new(Origin::new(image.packs.clone()));
@@ -102,13 +106,13 @@ impl Mounted {
             view.meta(),
             store.clone(),
             options.tree.read_timeout,
+            Arc::new(Faults::new("test")),
         ));
         if options.load {
             let loading = metadata.clone();
             runtime.spawn(async move { loading.load().await });
         }
         let tree = TreeFs::open(
-            "test",
             metadata.clone(),
             view,
             store.clone(),

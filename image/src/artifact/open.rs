@@ -23,16 +23,13 @@ pub struct Opened {
     pub early: Vec<(ChunkId, Bytes)>,
 }
 
-/// Bytes at the head of the metadata's pack that are fetched together with the manifest (24 KiB):
-/// the first metadata chunk compresses to some 16 KB, and a new connection carries about 14 KB in
-/// its first round trip, 28 KB more in its second.
-const EARLY_LEN: u64 = 24 << 10;
-
 /// A manifest is fetched in so many ranges at most, at the same time: each connection starts
 /// slowly, several together do not.
 const MANIFEST_PARTS: u64 = 6;
 
-/// What one new connection carries in its first round trip, in bytes: ten segments (RFC 6928).
+/// What one new connection carries in its first round trip, in bytes: ten segments (RFC 6928). So much
+/// of the head of the metadata's pack is fetched together with the manifest: the first metadata chunk
+/// compresses to some 10 KB.
 const FIRST_WINDOW: u64 = 14_000;
 
 /// An artifact's document and the bytes of its lazyimg manifest.
@@ -77,6 +74,24 @@ pub async fn find(
     image: &Digest,
     tenant: Option<&TenantKey>,
 ) -> Result<Descriptor, ArtifactError> {
+    // The newest is the last that was added.
+    let newest = find_all(repo, image, tenant).await?.pop();
+    newest.ok_or_else(|| ArtifactError::NotConverted {
+        image: *image,
+        repository: repo.name(),
+    })
+}
+
+/// All artifacts of an image, at least one, the newest last: those under `tenant`'s key, or under
+/// any if no key is given. An image that was converted in two ways has two.
+///
+/// # Errors
+/// As [`find`].
+pub async fn find_all(
+    repo: &Repository,
+    image: &Digest,
+    tenant: Option<&TenantKey>,
+) -> Result<Vec<Descriptor>, ArtifactError> {
     let all = repo.referrers(image, ARTIFACT_TYPE).await?;
     if all.is_empty() {
         return Err(ArtifactError::NotConverted {
@@ -85,29 +100,20 @@ pub async fn find(
         });
     }
     let Some(tenant) = tenant else {
-        // The newest is the last that was added.
-        return all
-            .into_iter()
-            .next_back()
-            .ok_or_else(|| ArtifactError::NotConverted {
-                image: *image,
-                repository: repo.name(),
-            });
+        return Ok(all);
     };
     let yours = tenant.id();
     let key_of = |d: &Descriptor| d.annotations.get(KEY_ID_ANNOTATION).cloned();
-    if let Some(mine) = all
-        .iter()
-        .rfind(|d| key_of(d).as_deref() == Some(&yours.to_string()))
-    {
-        return Ok(mine.clone());
+    let is_mine = |d: &Descriptor| key_of(d) == Some(yours.to_string());
+    if !all.iter().any(is_mine) {
+        let theirs: Vec<_> = all.iter().filter_map(key_of).collect();
+        return Err(ArtifactError::OtherKey {
+            image: *image,
+            theirs: theirs.join(", "),
+            yours,
+        });
     }
-    let theirs: Vec<_> = all.iter().filter_map(key_of).collect();
-    Err(ArtifactError::OtherKey {
-        image: *image,
-        theirs: theirs.join(", "),
-        yours,
-    })
+    Ok(all.into_iter().filter(is_mine).collect())
 }
 
 /// Reads an artifact without a key: its document and its lazyimg manifest, keys sealed.
@@ -163,16 +169,8 @@ async fn fetch_blobs(
             .layers
             .last()
             .filter(|l| l.media_type == PACK_TYPE)?;
-        let len = EARLY_LEN.min(pack.size);
-        let first = FIRST_WINDOW.min(len);
-        // Two connections: together their first windows hold all of it.
-        let first_part = repo.blob_range(&pack.digest, 0, first);
-        if first == len {
-            return first_part.await.ok();
-        }
-        let second_part = repo.blob_range(&pack.digest, first, len - first);
-        let (a, b) = tokio::try_join!(first_part, second_part).ok()?;
-        Some(Bytes::from([a, b].concat()))
+        let len = FIRST_WINDOW.min(pack.size);
+        repo.blob_range(&pack.digest, 0, len).await.ok()
     };
     let (bytes, head) = tokio::join!(fetch_manifest(repo, document.manifest()), head);
     Ok(Fetched {

@@ -15,7 +15,7 @@ use super::{
 use crate::convert::{Form, packs};
 use crate::manifest::Manifest;
 use crate::reference::ManifestRef;
-use crate::source::{Descriptor, Repository};
+use crate::source::{Deletion, Descriptor, Repository};
 
 /// What happens during a push, for progress bars.
 #[derive(Debug, Clone, Copy)]
@@ -90,6 +90,24 @@ pub async fn push(
         uploaded_chunks,
         manifest_bytes: form.manifest.to_bytes().len() as u64,
     })
+}
+
+/// Takes an artifact of `image` off the list of its referrers and deletes it. Its packs stay.
+///
+/// # Errors
+/// What the registry or layout says; then the artifact is listed as before.
+pub async fn delete(
+    repo: &Repository,
+    image: &Digest,
+    artifact: &Descriptor,
+) -> Result<Deletion, ArtifactError> {
+    // In this order: some registries take no list that names a manifest which is not there.
+    let was_listed = repo.remove_referrer(image, &artifact.digest).await?;
+    let deletion = repo.delete_manifest(&artifact.digest).await;
+    if was_listed && !matches!(deletion, Ok(Deletion::Deleted | Deletion::WasGone)) {
+        repo.add_referrer(image, artifact).await?;
+    }
+    Ok(deletion?)
 }
 
 /// Rotation: the artifact of `image` once more, under another tenant key. No pack is touched.

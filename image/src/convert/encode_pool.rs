@@ -28,6 +28,8 @@ pub struct Encoded {
     pub len: u32,
     /// Where it lies in the spool, in bytes.
     pub at: u64,
+    /// Length of the plaintext in bytes.
+    pub plain_len: u32,
 }
 
 /// Chunks that wait for an encoder, for each thread: enough to keep it busy, and a bound on memory.
@@ -146,6 +148,23 @@ impl ChunkEncoder for EncodePool {
             .map_err(|_| io::Error::other("encoder threads are gone"))?;
         Ok(ticket)
     }
+
+    fn decode(&mut self, ticket: Ticket) -> io::Result<Vec<u8>> {
+        let encoded = {
+            let mut state = self.shared.state.lock();
+            loop {
+                failure(&state)?;
+                match state.done.get(ticket.0 as usize) {
+                    Some(Some(encoded)) => break encoded.clone(),
+                    Some(None) => self.shared.changed.wait(&mut state),
+                    None => return Err(io::Error::other("a ticket that was never given out")),
+                }
+            }
+        };
+        let mut bytes = vec![0; encoded.len as usize];
+        self.shared.spool.read_exact_at(&mut bytes, encoded.at)?;
+        chunk::open_owned(&encoded.key, bytes, encoded.plain_len as usize).map_err(io::Error::other)
+    }
 }
 
 impl Drop for EncodePool {
@@ -169,6 +188,7 @@ fn run(shared: &Shared, work: &Receiver<(Ticket, Vec<u8>)>, salt: &Salt, mut enc
     for (ticket, plain) in work {
         let result = (|| {
             let payload = encoder.encode(&plain);
+            let plain_len = plain.len() as u32;
             drop(plain);
             let sealed = chunk::seal(salt, payload);
             let len = sealed.ciphertext.len();
@@ -179,6 +199,7 @@ fn run(shared: &Shared, work: &Receiver<(Ticket, Vec<u8>)>, salt: &Salt, mut enc
                 key: sealed.key,
                 len: len as u32,
                 at,
+                plain_len,
             })
         })();
         let mut state = shared.state.lock();

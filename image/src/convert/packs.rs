@@ -17,9 +17,10 @@ use sha2::{Digest as _, Sha256};
 use super::encode_pool::Encoded;
 use crate::manifest::{Pack, Stored};
 
-/// A pack is closed at this length in bytes (128 MiB): large enough that a 10 GB image has tens of
-/// blobs, small enough that an upload that fails is not long to repeat.
-pub const PACK_BLOB_LEN: u64 = 128 << 20;
+/// A pack is closed at this length in bytes (64 MiB): large enough that a 10 GB image has tens of
+/// blobs, small enough that several are hashed and uploaded side by side, and that an upload that
+/// fails is not long to repeat.
+pub const PACK_BLOB_LEN: u64 = 64 << 20;
 
 /// Pieces of the spool that make one pack.
 #[derive(Debug, Clone, Default)]

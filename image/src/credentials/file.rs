@@ -130,7 +130,41 @@ impl ConfigFile {
     }
 }
 
+impl ConfigFile {
+    /// Hosts with credentials of their own in the file. A user's name that somebody wrote into an
+    /// address is left out.
+    pub(super) fn registries(&self) -> Vec<String> {
+        let held = self.auths.iter().filter(|(_, entry)| entry.is_filled());
+        held.map(|(name, _)| {
+            let key = canonical_key(name);
+            key.rsplit('@').next().unwrap_or_default().to_owned()
+        })
+        .collect()
+    }
+
+    /// Helpers and the registry that each is for; the one for all registries last.
+    pub(super) fn helpers(&self) -> Vec<(Option<String>, String)> {
+        let named = self.cred_helpers.iter().filter(|(_, h)| !h.is_empty());
+        let named = named.map(|(registry, helper)| {
+            let registry = canonical_registry(registry).to_owned();
+            (Some(registry), helper.clone())
+        });
+        let store = self.store().map(|helper| (None, helper.to_owned()));
+        named.chain(store).collect()
+    }
+}
+
 impl Entry {
+    fn is_filled(&self) -> bool {
+        let secrets = [
+            &self.auth,
+            &self.password,
+            &self.identitytoken,
+            &self.registrytoken,
+        ];
+        secrets.into_iter().flatten().any(|s| !s.is_empty())
+    }
+
     fn credentials(&self) -> Result<Option<Credentials>, &'static str> {
         let filled = |s: &&Zeroizing<String>| !s.is_empty();
         if let Some(token) = self.identitytoken.as_ref().filter(filled) {

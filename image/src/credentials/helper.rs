@@ -1,6 +1,7 @@
 //! Credential helpers: `docker-credential-NAME get`, the registry on standard input, JSON out.
 //! Protocol: <https://github.com/docker/docker-credential-helpers>.
 
+use std::ffi::OsString;
 use std::process::Stdio;
 use std::time::Duration;
 
@@ -9,7 +10,7 @@ use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
 use tokio::process::Command;
 use zeroize::Zeroizing;
 
-use super::{Credentials, CredentialsError, MAX_HELPER_OUTPUT};
+use super::{Credentials, CredentialsError, HELPER_VARIABLES, MAX_HELPER_OUTPUT};
 
 /// How much of a helper's standard error a message quotes, in bytes.
 const QUOTED_STDERR: u64 = 400;
@@ -26,10 +27,12 @@ struct Answer {
     secret: Zeroizing<String>,
 }
 
-/// Asks a helper for a registry; `None` when it knows none.
+/// Asks a helper for a registry; `None` when it knows none. `env`: see
+/// [`super::CredentialPlaces::helper_env`].
 pub(super) async fn get(
     helper: &str,
     registry: &str,
+    env: Option<&[(String, OsString)]>,
     timeout: Duration,
 ) -> Result<Option<Credentials>, CredentialsError> {
     let failed = |reason: String| CredentialsError::Helper {
@@ -50,7 +53,7 @@ pub(super) async fn get(
             "its name has characters that a program's name does not have".into(),
         ));
     }
-    match tokio::time::timeout(timeout, run(helper, registry)).await {
+    match tokio::time::timeout(timeout, run(helper, registry, env)).await {
         Ok(result) => result.map_err(failed),
         Err(_) => Err(failed(format!(
             "it took longer than {} s",
@@ -59,9 +62,23 @@ pub(super) async fn get(
     }
 }
 
-async fn run(helper: &str, registry: &str) -> Result<Option<Credentials>, String> {
+async fn run(
+    helper: &str,
+    registry: &str,
+    env: Option<&[(String, OsString)]>,
+) -> Result<Option<Credentials>, String> {
     let program = format!("docker-credential-{helper}");
-    let mut child = Command::new(&program)
+    let mut command = Command::new(&program);
+    if let Some(env) = env {
+        // The program is looked for on the PATH that it gets.
+        for name in HELPER_VARIABLES {
+            match env.iter().find(|(n, _)| n == name) {
+                Some((_, value)) => command.env(name, value),
+                None => command.env_remove(name),
+            };
+        }
+    }
+    let mut child = command
         .arg("get")
         .stdin(Stdio::piped())
         .stdout(Stdio::piped())

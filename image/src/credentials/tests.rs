@@ -17,6 +17,10 @@ fn auth(text: &str) -> Value {
     json!({"auth": base64::engine::general_purpose::STANDARD.encode(text)})
 }
 
+fn at(path: &Path) -> CredentialPlaces {
+    CredentialPlaces::here(Some(path))
+}
+
 fn stored(
     config: &Value,
     registry: &str,
@@ -24,7 +28,7 @@ fn stored(
 ) -> Result<Option<String>, CredentialsError> {
     let dir = tempfile::tempdir().unwrap();
     std::fs::write(dir.path().join("config.json"), config.to_string()).unwrap();
-    CredentialStore::new(registry, repository, Some(dir.path()), SOON)
+    CredentialStore::new(registry, repository, at(dir.path()), SOON)
         .stored()
         .map(shown)
 }
@@ -94,7 +98,7 @@ fn a_broken_file_is_named_and_its_content_is_not() {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("config.json");
         std::fs::write(&path, &config).unwrap();
-        let error = CredentialStore::new("h", "a", Some(&path), SOON)
+        let error = CredentialStore::new("h", "a", at(&path), SOON)
             .stored()
             .err()
             .expect(&config);
@@ -109,11 +113,11 @@ fn a_broken_file_is_named_and_its_content_is_not() {
 #[test]
 fn a_missing_or_empty_file_knows_nothing() {
     let dir = tempfile::tempdir().unwrap();
-    let missing = CredentialStore::new("h", "a", Some(&dir.path().join("none")), SOON);
+    let missing = CredentialStore::new("h", "a", at(&dir.path().join("none")), SOON);
     assert!(missing.stored().unwrap().is_none());
     std::fs::write(dir.path().join("config.json"), "\n").unwrap();
     assert!(
-        CredentialStore::new("h", "a", Some(dir.path()), SOON)
+        CredentialStore::new("h", "a", at(dir.path()), SOON)
             .stored()
             .unwrap()
             .is_none()
@@ -162,7 +166,7 @@ fn the_usual_places_follow_the_environment() {
 #[tokio::test]
 async fn a_helper_whose_name_is_a_path_is_not_run() {
     for name in ["../../tmp/x", "a/b", "a b", "a;b", ""] {
-        let error = helper::get(name, "h", SOON)
+        let error = helper::get(name, "h", None, SOON)
             .await
             .err()
             .expect(name)
@@ -179,7 +183,7 @@ async fn a_helper_that_is_missing_is_an_error_only_when_it_is_needed() {
     let dir = tempfile::tempdir().unwrap();
     let config = json!({"credHelpers": {"h": "lazyimg-missing"}, "auths": {"g": auth("u:p")}});
     std::fs::write(dir.path().join("config.json"), config.to_string()).unwrap();
-    let store = |registry| CredentialStore::new(registry, "a", Some(dir.path()), SOON);
+    let store = |registry| CredentialStore::new(registry, "a", at(dir.path()), SOON);
     assert!(store("h").stored().unwrap().is_none());
     assert!(
         store("h")
@@ -194,4 +198,65 @@ async fn a_helper_that_is_missing_is_an_error_only_when_it_is_needed() {
         shown(store("g").look_up().await.unwrap()).as_deref(),
         Some("u:p")
     );
+}
+
+#[tokio::test]
+async fn a_helper_is_looked_for_and_run_in_the_environment_it_was_given() {
+    use std::os::unix::fs::PermissionsExt;
+    let dir = tempfile::tempdir().unwrap();
+    let (bin, home) = (dir.path().join("bin"), dir.path().join("home"));
+    std::fs::create_dir(&bin).unwrap();
+    let helper = bin.join("docker-credential-lazyimg-env");
+    let script = "#!/bin/sh\nprintf '{\"Username\":\"%s\",\"Secret\":\"%s\"}' \"$HOME\" \"${GNUPGHOME-none}\"\n";
+    std::fs::write(&helper, script).unwrap();
+    std::fs::set_permissions(&helper, std::fs::Permissions::from_mode(0o755)).unwrap();
+    let config = dir.path().join("config.json");
+    std::fs::write(&config, json!({"credsStore": "lazyimg-env"}).to_string()).unwrap();
+    let mut places = at(&config);
+    let found = |places: &CredentialPlaces| CredentialStore::new("h", "a", places.clone(), SOON);
+    assert!(found(&places).look_up().await.is_err(), "not on our PATH");
+    let path = format!("{}:/usr/bin:/bin", bin.display());
+    places.helper_env = Some(vec![
+        ("PATH".into(), path.into()),
+        ("HOME".into(), home.clone().into()),
+        ("LD_PRELOAD".into(), "not for helpers".into()),
+    ]);
+    assert_eq!(
+        shown(found(&places).look_up().await.unwrap()),
+        Some(format!("{}:none", home.display()))
+    );
+}
+
+#[test]
+fn places_for_another_process_are_absolute_and_have_its_variables() {
+    let places = CredentialPlaces::for_another_process(Some(Path::new("some/file"))).unwrap();
+    let here = std::env::current_dir().unwrap();
+    assert_eq!(places.files, [here.join("some/file")]);
+    let env = places.helper_env.unwrap();
+    let path = &env.iter().find(|(name, _)| name == "PATH").unwrap().1;
+    assert!(std::env::split_paths(path).all(|dir| dir.is_absolute()));
+}
+
+#[test]
+fn what_a_file_names_is_told_without_its_secrets() {
+    let dir = tempfile::tempdir().unwrap();
+    let config = json!({
+        "auths": {"https://quay.io/v1/": auth("alice:hunter2"), "bob:pw@ghcr.io": auth("b:c"), "empty.example": {}},
+        "credHelpers": {"gcr.io": "gcloud"},
+        "credsStore": "desktop",
+    });
+    std::fs::write(dir.path().join("config.json"), config.to_string()).unwrap();
+    let all = found(Some(dir.path())).unwrap();
+    assert_eq!(
+        all,
+        [Found {
+            path: dir.path().join("config.json"),
+            registries: vec!["ghcr.io".into(), "quay.io".into()],
+            helpers: vec![
+                (Some("gcr.io".into()), "docker-credential-gcloud".into()),
+                (None, "docker-credential-desktop".into()),
+            ],
+        }]
+    );
+    assert_eq!(found(Some(&dir.path().join("gone"))).unwrap(), []);
 }

@@ -159,9 +159,12 @@ impl<'a> Parents<'a> {
         let mut ahead: VecDeque<&[u8]> = parents.iter().copied().collect();
         while let Some(name) = ahead.pop_front() {
             steps += 1;
-            if steps > self.limits.resolve_steps {
-                return Err(EntryProblem::SymlinkLoop(hops));
-            }
+            within(
+                steps,
+                self.limits.resolve_steps as u64,
+                "names looked up on the way to one entry, through symbolic links",
+                Some("--max-resolve-steps"),
+            )?;
             if name == b".." {
                 bytes -= at.lengths.last().copied().unwrap_or(0);
                 at.up();

@@ -3,11 +3,12 @@
 //! Which files make a pack is known at the layer's end only: by then an entry may have replaced or
 //! removed an earlier one, and packs follow the order of paths, not of entries. But nearly every
 //! layer has its entries in path order, each once. So packs are guessed as if that were so, and
-//! [`super::Plan`] takes those that turn out to be packs; a wrong guess costs an encoding for nothing,
-//! and since packs end by content, the guesses behind it are right again.
+//! [`super::Plan`] takes those that turn out to be packs. For the others it reads the files' bytes
+//! back out of the guesses; since packs end by content, the guesses behind a wrong one are right
+//! again. Entries in no order at all wait in a working file instead.
 
 use std::cmp::Ordering;
-use std::collections::{HashMap, HashSet};
+use std::collections::HashMap;
 use std::io;
 
 use crate::manifest::BLOCK;
@@ -22,15 +23,23 @@ pub type Key = ([u8; 32], u64);
 const BREAKS_SHARE: u64 = 16;
 const MIN_BREAKS: u64 = 16;
 
+/// A place in a guessed pack.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Guessed {
+    /// Which, from 0.
+    pub pack: u32,
+    /// Offset of the file in it, in bytes.
+    pub offset: u32,
+}
+
 /// The guesses of one layer.
 #[derive(Default)]
 pub struct Ahead {
     cutter: PackCutter,
     plain: Vec<u8>,
     members: Vec<Key>,
-    seen: HashSet<Key>,
-    /// First member → all members, and what they became.
-    encoded: HashMap<Key, (Vec<Key>, Ticket)>,
+    places: HashMap<Key, Guessed>,
+    packs: Vec<(Vec<Key>, Ticket)>,
     last: Vec<u8>,
     entries: u64,
     breaks: u64,
@@ -51,7 +60,8 @@ impl Ahead {
         self.breaks > MIN_BREAKS && self.breaks * BREAKS_SHARE > self.entries
     }
 
-    /// A small file of these bytes, which no lower layer has, comes next.
+    /// Takes a small file of these bytes, which no lower layer has; where it is. `None`: there is no
+    /// order to guess by, and it was not taken.
     ///
     /// # Errors
     /// The encoder's.
@@ -60,27 +70,30 @@ impl Ahead {
         key: Key,
         bytes: &[u8],
         encoder: &mut E,
-    ) -> io::Result<()> {
-        if self.is_hopeless() {
-            self.plain = Vec::new();
-            self.members.clear();
-            return Ok(());
+    ) -> io::Result<Option<Guessed>> {
+        if let Some(&place) = self.places.get(&key) {
+            return Ok(Some(place));
         }
-        if !self.seen.insert(key) {
-            return Ok(());
+        if self.is_hopeless() {
+            return Ok(None);
         }
         let padded = blocks(key.1) * BLOCK;
         if self.cutter.overflows(padded) {
             self.end(encoder)?;
         }
-        let end = self.plain.len() + padded as usize;
+        let start = self.plain.len();
+        let place = Guessed {
+            pack: self.packs.len() as u32,
+            offset: start as u32,
+        };
         self.plain.extend_from_slice(bytes);
-        self.plain.resize(end, 0);
+        self.plain.resize(start + padded as usize, 0);
         self.members.push(key);
+        self.places.insert(key, place);
         if self.cutter.add(padded, &key.0) {
             self.end(encoder)?;
         }
-        Ok(())
+        Ok(Some(place))
     }
 
     /// The pack ends, if there is one.
@@ -89,20 +102,24 @@ impl Ahead {
     /// The encoder's.
     pub fn end<E: ChunkEncoder>(&mut self, encoder: &mut E) -> io::Result<()> {
         self.cutter.reset();
-        let Some(&first) = self.members.first() else {
-            return Ok(());
-        };
-        let ticket = encoder.encode(std::mem::take(&mut self.plain))?;
-        let members = std::mem::take(&mut self.members);
-        self.encoded.insert(first, (members, ticket));
+        if !self.members.is_empty() {
+            let ticket = encoder.encode(std::mem::take(&mut self.plain))?;
+            self.packs.push((std::mem::take(&mut self.members), ticket));
+        }
         Ok(())
     }
 
     /// What a pack of exactly these contents became, if it was guessed.
     pub fn find<'a>(&self, members: impl Iterator<Item = &'a Key>) -> Option<Ticket> {
         let mut members = members.peekable();
-        let (guessed, ticket) = self.encoded.get(*members.peek()?)?;
+        let first = self.places.get(*members.peek()?)?;
+        let (guessed, ticket) = self.packs.get(first.pack as usize)?;
         guessed.iter().eq(members).then_some(*ticket)
+    }
+
+    /// What a guessed pack became.
+    pub fn ticket(&self, pack: u32) -> Option<Ticket> {
+        self.packs.get(pack as usize).map(|(_, ticket)| *ticket)
     }
 }
 

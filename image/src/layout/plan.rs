@@ -7,7 +7,7 @@ use crate::manifest::BLOCK;
 use crate::tree::{ContentId, Kind, Tree};
 
 use super::ahead::Key;
-use super::sink::SmallFiles;
+use super::sink::{Decoded, Small, SmallFiles};
 use super::{Body, ChunkEncoder, Contents, LARGE, PackCutter, Ticket, blocks};
 
 /// Why a layer could not be laid out.
@@ -221,11 +221,12 @@ struct Pack<'a> {
     small: &'a SmallFiles,
     cutter: PackCutter,
     /// Its files in order: content, and where the bytes are.
-    files: Vec<(Key, u64)>,
+    files: Vec<(Key, Small)>,
     /// Content → its block in the pack.
     members: HashMap<Key, u64>,
     /// Length in blocks.
     blocks: u64,
+    decoded: Decoded,
 }
 
 impl<'a> Pack<'a> {
@@ -237,6 +238,7 @@ impl<'a> Pack<'a> {
             files: Vec::new(),
             members: HashMap::new(),
             blocks: 0,
+            decoded: None,
         }
     }
 
@@ -244,7 +246,7 @@ impl<'a> Pack<'a> {
     fn add<E: ChunkEncoder>(
         &mut self,
         key: Key,
-        at: u64,
+        at: Small,
         groups: &mut Vec<Group>,
         encoder: &mut E,
     ) -> Result<Vec<(Key, Place)>, PlanError> {
@@ -279,7 +281,10 @@ impl<'a> Pack<'a> {
         }
         let ticket = match self.small.encoded(self.files.iter().map(|(key, _)| key)) {
             Some(ticket) => ticket,
-            None => encoder.encode(self.read()?).map_err(PlanError::Encode)?,
+            None => {
+                let plain = self.read(encoder)?;
+                encoder.encode(plain).map_err(PlanError::Encode)?
+            }
         };
         self.files.clear();
         let group = groups.len() as u32;
@@ -298,13 +303,15 @@ impl<'a> Pack<'a> {
     }
 
     /// The bytes of its files, each padded to whole blocks.
-    fn read(&self) -> Result<Vec<u8>, PlanError> {
+    fn read<E: ChunkEncoder>(&mut self, encoder: &mut E) -> Result<Vec<u8>, PlanError> {
         let mut plain = Vec::with_capacity((self.blocks * BLOCK) as usize);
         for ((_, size), at) in &self.files {
             let start = plain.len();
             plain.resize(start + (blocks(*size) * BLOCK) as usize, 0);
             let body = &mut plain[start..start + *size as usize];
-            self.small.read(*at, body).map_err(PlanError::Spool)?;
+            self.small
+                .read(*at, body, encoder, &mut self.decoded)
+                .map_err(PlanError::Spool)?;
         }
         Ok(plain)
     }

@@ -1,8 +1,7 @@
 //! Takes the bodies of one layer's files as they stream by.
 //!
-//! Large files are cut and handed to the encoder at once, small ones wait in a spool file until
-//! the layer's end, when the path order is known. Since most layers have their entries in that order,
-//! packs are also encoded ahead ([`Ahead`]), so that encoders don't idle until then.
+//! Large files are cut and handed to the encoder at once, small ones as packs that are guessed
+//! ([`Ahead`]), or they wait in a spool file until the layer's end, when the path order is known.
 
 use std::collections::BTreeMap;
 use std::fs::File;
@@ -12,7 +11,7 @@ use std::os::unix::fs::FileExt;
 use crate::flatten::ContentSink;
 use crate::tree::ContentId;
 
-use super::ahead::{Ahead, Key};
+use super::ahead::{Ahead, Guessed, Key};
 use super::{ChunkEncoder, LARGE, Plan, Ticket, blocks, is_zero};
 
 /// Why a file's body could not be taken.
@@ -48,10 +47,21 @@ pub struct Content {
 pub enum Body {
     /// Nothing but zeros.
     Zero,
-    /// At this byte offset of the layer's spool.
-    Small(u64),
+    /// A small file.
+    Small(Small),
     /// Cut already: stored windows by index (of [`LARGE`] bytes); what is missing is zero.
     Large(BTreeMap<u64, Ticket>),
+}
+
+/// Where the bytes of a small file are.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Small {
+    /// In a pack that was encoded ahead.
+    Guessed(Guessed),
+    /// At this byte offset of the layer's spool.
+    Spooled(u64),
+    /// In a lower layer.
+    Below,
 }
 
 /// All contents of an image, by [`ContentId`].
@@ -166,7 +176,7 @@ impl<'a, E: ChunkEncoder> LayerSink<'a, E> {
             let ticket = self.encoder.encode(plain).map_err(SinkError::Encode)?;
             self.current.tickets.insert(index, ticket);
         } else {
-            self.spool.write_all(&window).map_err(SinkError::Spool)?;
+            // The whole file: `finish` takes it.
             self.current.window = window;
         }
         Ok(())
@@ -218,15 +228,7 @@ impl<E: ChunkEncoder> ContentSink for LayerSink<'_, E> {
         } else if current.size >= LARGE {
             Body::Large(std::mem::take(&mut current.tickets))
         } else {
-            let key = (hash, current.size);
-            if !self.below.holds(&key) {
-                self.ahead
-                    .add(key, &current.window, self.encoder)
-                    .map_err(SinkError::Encode)?;
-            }
-            let at = self.spool_len;
-            self.spool_len += current.size;
-            Body::Small(at)
+            Body::Small(self.take_small((hash, self.current.size))?)
         };
         let id = u32::try_from(self.contents.all.len()).map_err(|_| SinkError::TooMany)?;
         self.contents.all.push(Content {
@@ -236,6 +238,24 @@ impl<E: ChunkEncoder> ContentSink for LayerSink<'_, E> {
             body,
         });
         Ok(ContentId(id))
+    }
+}
+
+impl<E: ChunkEncoder> LayerSink<'_, E> {
+    /// Keeps the small file that is in the window.
+    fn take_small(&mut self, key: Key) -> Result<Small, SinkError> {
+        if self.below.holds(&key) {
+            return Ok(Small::Below);
+        }
+        let window = &self.current.window;
+        let guessed = self.ahead.add(key, window, self.encoder);
+        if let Some(place) = guessed.map_err(SinkError::Encode)? {
+            return Ok(Small::Guessed(place));
+        }
+        let at = self.spool_len;
+        self.spool.write_all(window).map_err(SinkError::Spool)?;
+        self.spool_len += key.1;
+        Ok(Small::Spooled(at))
     }
 }
 
@@ -257,13 +277,36 @@ pub struct SmallFiles {
     ahead: Ahead,
 }
 
+/// A guessed pack that was decoded to read files back: the next file is likely in it too.
+pub type Decoded = Option<(u32, Vec<u8>)>;
+
 impl SmallFiles {
-    /// Reads the whole file at `offset` into `buf`.
+    /// Reads the whole file at `place` into `buf`. `decoded` is kept between calls.
     ///
     /// # Errors
-    /// When the spool can't be read.
-    pub fn read(&self, offset: u64, buf: &mut [u8]) -> io::Result<()> {
-        self.file.read_exact_at(buf, offset)
+    /// When the spool can't be read, or a chunk not decoded.
+    pub fn read<E: ChunkEncoder>(
+        &self,
+        place: Small,
+        buf: &mut [u8],
+        encoder: &mut E,
+        decoded: &mut Decoded,
+    ) -> io::Result<()> {
+        let lost = || io::Error::other("the file's bytes are not where they were put");
+        match place {
+            Small::Spooled(at) => self.file.read_exact_at(buf, at),
+            Small::Guessed(Guessed { pack, offset }) => {
+                if decoded.as_ref().is_none_or(|(which, _)| *which != pack) {
+                    let ticket = self.ahead.ticket(pack).ok_or_else(lost)?;
+                    *decoded = Some((pack, encoder.decode(ticket)?));
+                }
+                let bytes = decoded.as_ref().map_or(&[][..], |(_, bytes)| bytes);
+                let from = bytes.get(offset as usize..).unwrap_or_default();
+                buf.copy_from_slice(from.get(..buf.len()).ok_or_else(lost)?);
+                Ok(())
+            }
+            Small::Below => Err(lost()),
+        }
     }
 
     /// The chunk of a pack of exactly these contents, if it was encoded ahead.

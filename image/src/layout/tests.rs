@@ -4,6 +4,7 @@ use proptest::prelude::*;
 
 use super::*;
 use crate::flatten::ContentSink;
+use crate::golden::array;
 use crate::tree::{ContentId, Inode, Kind, Meta, Tree};
 
 /// Keeps plaintext chunks as they come.
@@ -16,6 +17,10 @@ impl ChunkEncoder for Plain {
         assert!(plain.len() <= lazyimg_convergent::MAX_CHUNK_LEN);
         self.0.push(plain);
         Ok(Ticket(self.0.len() as u32 - 1))
+    }
+
+    fn decode(&mut self, ticket: Ticket) -> std::io::Result<Vec<u8>> {
+        Ok(self.0[ticket.0 as usize].clone())
     }
 }
 
@@ -46,6 +51,9 @@ impl Sparse {
 /// One layer: path → file; `None` removes it.
 type Layer = BTreeMap<String, Option<Sparse>>;
 
+/// A layer's entries in the order in which the archive has them.
+type Entries<'a> = Vec<(&'a String, &'a Option<Sparse>)>;
+
 struct Image {
     tree: Tree,
     contents: Contents,
@@ -58,10 +66,7 @@ fn build(layers: &[Layer]) -> Image {
 }
 
 /// Builds an image of layers whose entries come in the order that `arrange` makes of path order.
-fn build_in_order(
-    layers: &[Layer],
-    arrange: &dyn Fn(&mut Vec<(&String, &Option<Sparse>)>),
-) -> Image {
+fn build_in_order(layers: &[Layer], arrange: &dyn Fn(&mut Entries<'_>)) -> Image {
     let mut image = Image {
         tree: Tree::new(),
         contents: Contents::default(),
@@ -160,6 +165,16 @@ fn noise(seed: u64, len: usize) -> Vec<u8> {
     let mut out = vec![0; len];
     blake3::Hasher::new()
         .update(&seed.to_le_bytes())
+        .finalize_xof()
+        .fill(&mut out);
+    out
+}
+
+/// The bytes that docs/format.md calls noise: BLAKE3's long output for a word.
+fn noise_of(word: &str, len: usize) -> Vec<u8> {
+    let mut out = vec![0; len];
+    blake3::Hasher::new()
+        .update(word.as_bytes())
         .finalize_xof()
         .fill(&mut out);
     out
@@ -294,6 +309,39 @@ fn the_order_of_entries_changes_no_chunk_and_path_order_encodes_none_twice() {
     });
     assert_eq!(nearly.chunks(), sorted.chunks());
     assert!(nearly.encoder.0.len() <= sorted.encoder.0.len() + 8);
+}
+
+#[test]
+fn content_hash_and_pack_ends_are_pinned_by_golden_vectors() {
+    // docs/format.md has the numbers; computed with Python's blake3, not with this crate.
+    let mut sparse = noise_of("sparse", 1_601_000);
+    sparse[512 << 10..1 << 20].fill(0);
+    let files = [
+        ("a", Sparse::dense(noise_of("a", 5000))),
+        ("b", Sparse::dense(sparse)),
+        ("c", Sparse::dense(vec![0; 9])),
+    ];
+    let image = build(&[layer(&files)]);
+    for ((path, _), name) in files.iter().zip(["small", "holes", "zeros"]) {
+        let Kind::File {
+            content: Some(content),
+            ..
+        } = image
+            .tree
+            .get(image.tree.lookup(path.as_bytes()).unwrap())
+            .kind
+        else {
+            panic!("{path} has content");
+        };
+        let name = format!("content.{name}");
+        assert_eq!(image.contents.get(content).hash, array(&name), "{name}");
+    }
+    for (name, ends) in [("cut.ends", true), ("cut.goes-on", false)] {
+        // 124 KiB that end nowhere, then a block with this hash.
+        let mut cutter = PackCutter::default();
+        assert!(!cutter.add(124 << 10, &[0; 32]));
+        assert_eq!(cutter.add(4096, &array(name)), ends, "{name}");
+    }
 }
 
 fn file() -> impl Strategy<Value = Sparse> {

@@ -2,7 +2,7 @@
 
 use lazyimg_convergent::chunk::TAG_LEN;
 use lazyimg_convergent::salt::MAX_DOMAIN_LEN;
-use lazyimg_convergent::{ChunkId, Digest, MAX_CHUNK_LEN, MAX_STORED_LEN};
+use lazyimg_convergent::{ChunkId, Digest, MAX_CHUNK_LEN, MAX_STORED_LEN, seal};
 
 use super::{BLOCK, Entry, Header, MAX_MANIFEST_LEN, Manifest, ManifestError, Pack, Stored};
 
@@ -16,7 +16,15 @@ pub const HEADER_LEN: usize = 192;
 const ENTRY_LEN: usize = 40;
 const PACK_LEN: usize = 40;
 const LOCATION_LEN: usize = 12;
+const KEY_LEN: usize = 32;
 const FLAG_XATTRS: u32 = 1;
+
+/// Length in bytes of a manifest with so many entries, stored ones among them, and packs.
+pub fn len_of(entries: u64, stored: u64, packs: u64) -> u64 {
+    let tables = entries * ENTRY_LEN as u64 + packs * PACK_LEN as u64;
+    let each = (LOCATION_LEN + KEY_LEN) as u64;
+    (HEADER_LEN + 4 + 4 + seal::OVERHEAD) as u64 + tables + stored * each
+}
 
 /// Header and chunk table: what the root digest covers.
 pub fn write_table(m: &Manifest) -> Vec<u8> {
@@ -254,6 +262,3 @@ impl<'a> Cursor<'a> {
         Ok(u64::from_le_bytes(self.array()?))
     }
 }
-
-/// Length of one location in bytes; named for the format's document.
-const _: () = assert!(LOCATION_LEN == 4 + 8);

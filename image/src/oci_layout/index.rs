@@ -150,6 +150,16 @@ pub(super) fn put(index: &mut Map<String, Value>, entry: &Descriptor, tag: Optio
     }
 }
 
+/// Takes a manifest's entries out, with whatever tags they have; false when there was none.
+pub(super) fn remove(index: &mut Map<String, Value>, digest: &Digest) -> bool {
+    let Some(entries) = index.get_mut("manifests").and_then(Value::as_array_mut) else {
+        return false;
+    };
+    let (before, digest) = (entries.len(), digest.to_string());
+    entries.retain(|e| e["digest"] != digest.as_str());
+    entries.len() < before
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -200,6 +210,19 @@ mod tests {
             .map(|d| d.annotations[REF_NAME].clone())
             .collect();
         assert_eq!(tags, ["v1", "v2"]);
+    }
+
+    #[test]
+    fn a_removed_manifest_loses_all_its_entries_and_others_none() {
+        let mut index = Map::new();
+        for tag in [Some("v1"), Some("v2")] {
+            put(&mut index, &descriptor("a", None), tag);
+        }
+        put(&mut index, &descriptor("b", None), None);
+        assert!(remove(&mut index, &Digest::of(b"a")));
+        assert!(!remove(&mut index, &Digest::of(b"a")));
+        assert_eq!(entries(&index), [descriptor("b", None)]);
+        assert!(!remove(&mut Map::new(), &Digest::of(b"a")));
     }
 
     #[test]

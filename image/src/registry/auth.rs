@@ -6,7 +6,7 @@
 //! of the repository; passwords and tokens are kept only as long as stated here, and the credentials
 //! behind them are looked up again whenever a new one is needed.
 
-mod token;
+pub(super) mod token;
 
 use std::collections::HashMap;
 use std::time::Duration;
@@ -39,6 +39,8 @@ pub(super) enum Access {
     Push,
     /// Push here, and pull from another repository of the registry.
     PushFrom(String),
+    /// Delete a manifest.
+    Delete,
 }
 
 /// How the registry wants to be convinced, as far as known.
@@ -362,6 +364,7 @@ fn scopes(repository: &str, access: &Access, challenge: Option<&str>) -> Vec<Str
             format!("repository:{repository}:pull,push"),
             format!("repository:{from}:pull"),
         ],
+        Access::Delete => vec![format!("repository:{repository}:pull,delete")],
     };
     for scope in challenge
         .unwrap_or_default()
@@ -404,6 +407,10 @@ mod tests {
             ["repository:a:pull", "repository:b:pull"]
         );
         assert_eq!(scopes("a", &Access::Push, None), ["repository:a:pull,push"]);
+        assert_eq!(
+            scopes("a", &Access::Delete, None),
+            ["repository:a:pull,delete"]
+        );
         assert_eq!(
             scopes("a", &Access::PushFrom("b".into()), None),
             ["repository:a:pull,push", "repository:b:pull"]

@@ -309,7 +309,7 @@ pub(super) fn transport(method: &Method, url: &Url, error: reqwest::Error) -> Fa
 
 /// A registry's words: the messages of its JSON (distribution specification, "Error Codes"), else
 /// the beginning of the text, without control characters.
-fn message_of(body: &[u8], status: StatusCode) -> String {
+pub(super) fn message_of(body: &[u8], status: StatusCode) -> String {
     #[derive(serde::Deserialize)]
     struct Envelope {
         errors: Vec<One>,

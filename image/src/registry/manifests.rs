@@ -15,7 +15,7 @@ use super::referrers;
 use super::retry::Failure;
 use crate::reference::ManifestRef;
 use crate::source::document::{self, ACCEPT_MANIFEST, MAX_MANIFEST_BYTES};
-use crate::source::{Manifest, Pushed, SourceError};
+use crate::source::{Deletion, Manifest, Pushed, SourceError};
 
 /// How many tags one page asks for.
 const TAGS_PER_PAGE: usize = 1000;
@@ -136,6 +136,23 @@ impl Registry {
         })
     }
 
+    pub(crate) async fn delete_manifest(&self, digest: &Digest) -> Result<Deletion, SourceError> {
+        let url = self.0.endpoint.manifest(&digest.to_string());
+        let what = format!("to delete manifest {digest}");
+        self.small(&label("DELETE", &url), 0, || async {
+            let request = || Some(self.0.http.request(Method::DELETE, url.clone()));
+            let response = self.send(&Access::Delete, &what, request).await?;
+            match deletion(response.status()) {
+                Some(told) => {
+                    let _ = self.0.http.small_body(response).await;
+                    Ok(told)
+                }
+                None => Err(self.refusal(&Method::DELETE, &what, response).await),
+            }
+        })
+        .await
+    }
+
     pub(crate) async fn tags(&self, limit: usize) -> Result<Vec<String>, SourceError> {
         let mut url = self.0.endpoint.tags(limit.clamp(1, TAGS_PER_PAGE));
         let what = "the list of tags";
@@ -180,6 +197,19 @@ impl Registry {
                 place: self.name().into(),
             }),
         }
+    }
+}
+
+/// What the answer to a deletion means; `None` for a failure. Registries that delete nothing answer
+/// 405 (distribution specification, "Content Management"), some 400 or 501.
+fn deletion(status: StatusCode) -> Option<Deletion> {
+    match status {
+        status if status.is_success() => Some(Deletion::Deleted),
+        StatusCode::NOT_FOUND | StatusCode::GONE => Some(Deletion::WasGone),
+        StatusCode::METHOD_NOT_ALLOWED | StatusCode::NOT_IMPLEMENTED | StatusCode::BAD_REQUEST => {
+            Some(Deletion::Unsupported)
+        }
+        _ => None,
     }
 }
 

@@ -31,8 +31,8 @@ pub(super) const ABSENT: u8 = 2;
 /// The most pages of referrers that are read.
 const MAX_PAGES: usize = 32;
 
-/// How often an entry is added to a contended fallback tag.
-const MAX_ADD_ATTEMPTS: u32 = 12;
+/// How often a contended fallback tag is written.
+const MAX_WRITE_ATTEMPTS: u32 = 12;
 
 /// What one page of the API says.
 enum Page {
@@ -83,20 +83,49 @@ impl Registry {
         if inner.referrers_api.load(Ordering::Relaxed) == PRESENT {
             return Ok(());
         }
-        let _one_at_a_time = inner.adding_referrer.lock().await;
+        let listed = |list: &[Descriptor]| list.iter().any(|d| d.digest == descriptor.digest);
+        self.write_tag(subject, listed, |what, index| {
+            with_entry(what, index, descriptor)
+        })
+        .await
+        .map(|_| ())
+    }
+
+    pub(crate) async fn remove_referrer(
+        &self,
+        subject: &Digest,
+        referrer: &Digest,
+    ) -> Result<bool, SourceError> {
+        let unlisted = |list: &[Descriptor]| list.iter().all(|d| d.digest != *referrer);
+        self.write_tag(subject, unlisted, |what, index| {
+            without_entry(what, index, referrer)
+        })
+        .await
+    }
+
+    /// Reads the fallback tag, changes the index with `edit`, writes it, and reads it again, until
+    /// `is_done` stays true of what it lists: registries have no conditional writes. False when it
+    /// was true at once.
+    async fn write_tag(
+        &self,
+        subject: &Digest,
+        is_done: impl Fn(&[Descriptor]) -> bool,
+        edit: impl Fn(&str, Option<&[u8]>) -> Result<Bytes, SourceError>,
+    ) -> Result<bool, SourceError> {
+        let _one_at_a_time = self.0.writing_referrers.lock().await;
         let tag = ManifestRef::Tag(referrers_tag(subject));
-        for attempt in 0..MAX_ADD_ATTEMPTS {
+        for attempt in 0..MAX_WRITE_ATTEMPTS {
             let begun = Instant::now();
             let (list, bytes) = self.read_tag(subject).await?;
-            if list.iter().any(|d| d.digest == descriptor.digest) {
-                return Ok(());
+            if is_done(&list) {
+                return Ok(attempt > 0);
             }
             let what = format!("the list of referrers {}", referrers_tag(subject));
-            let bytes = with_entry(&what, bytes.as_deref(), descriptor)?;
+            let bytes = edit(&what, bytes.as_deref())?;
             let digest = Digest::of(&bytes);
             self.push_manifest(&tag, OCI_IMAGE_INDEX_MEDIA_TYPE, bytes, digest)
                 .await?;
-            // Somebody who read before we wrote may write after us, without our entry. Whoever did
+            // Somebody who read before we wrote may write after us, without our change. Whoever did
             // so takes about as long as we did: look again after several times that.
             let window =
                 (begun.elapsed() * 3).clamp(Duration::from_millis(30), Duration::from_secs(2));
@@ -104,10 +133,10 @@ impl Registry {
             for _ in 0..2 {
                 tokio::time::sleep(window.mul_f64(0.4 + fastrand::f64() * 0.2)).await;
                 let (list, _) = self.read_tag(subject).await?;
-                stayed &= list.iter().any(|d| d.digest == descriptor.digest);
+                stayed &= is_done(&list);
             }
             if stayed {
-                return Ok(());
+                return Ok(true);
             }
             tracing::debug!(%subject, attempt, "another writer replaced the list of referrers");
             // Spread the writers out before the next round.
@@ -240,6 +269,18 @@ fn with_entry(
     Ok(bytes.into())
 }
 
+/// An index without the entry of one manifest; all else stays as it is.
+fn without_entry(what: &str, index: Option<&[u8]>, digest: &Digest) -> Result<Bytes, SourceError> {
+    let malformed = |e: serde_json::Error| SourceError::malformed(what, e);
+    let mut index: serde_json::Map<String, serde_json::Value> =
+        serde_json::from_slice(index.unwrap_or_default()).map_err(malformed)?;
+    let digest = digest.to_string();
+    if let Some(serde_json::Value::Array(entries)) = index.get_mut("manifests") {
+        entries.retain(|e| e["digest"] != digest.as_str());
+    }
+    Ok(serde_json::to_vec(&index).map_err(malformed)?.into())
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -257,5 +298,19 @@ mod tests {
             serde_json::from_slice(&with_entry("it", None, &descriptor).unwrap()).unwrap();
         assert_eq!(fresh["mediaType"], OCI_IMAGE_INDEX_MEDIA_TYPE);
         assert_eq!(fresh["manifests"].as_array().unwrap().len(), 1);
+    }
+
+    #[test]
+    fn an_entry_is_taken_out_and_foreign_fields_stay() {
+        let (gone, stays) = (Digest::of(b"x"), Digest::of(b"y"));
+        let old = format!(
+            r#"{{"schemaVersion":2,"annotations":{{"k":"v"}},"manifests":[{{"digest":"{gone}"}},{{"digest":"{stays}","x":1}}]}}"#
+        );
+        let new: serde_json::Value =
+            serde_json::from_slice(&without_entry("it", Some(old.as_bytes()), &gone).unwrap())
+                .unwrap();
+        assert_eq!(new["annotations"]["k"], "v");
+        assert_eq!(new["manifests"][0]["x"], 1);
+        assert_eq!(new["manifests"].as_array().unwrap().len(), 1);
     }
 }

@@ -23,9 +23,6 @@ pub const MAX_MANIFEST_BYTES: u64 = 4 << 20;
 /// some 100 KB.
 pub const MAX_CONFIG_BYTES: u64 = 8 << 20;
 
-/// The most layers of an image. Docker stops at 127, buildah and overlayfs near 500.
-pub const MAX_LAYERS: usize = 1024;
-
 /// The most entries of an index that are looked at.
 pub const MAX_INDEX_ENTRIES: usize = 8192;
 
@@ -242,13 +239,7 @@ fn parse_image(what: &str, bytes: &[u8]) -> Result<ImageManifest, SourceError> {
             format_args!("its schemaVersion is {}", loose.schema_version),
         ));
     }
-    if loose.layers.len() > MAX_LAYERS {
-        return Err(SourceError::TooLarge {
-            what: what.into(),
-            limit: MAX_LAYERS as u64,
-            unit: "layers",
-        });
-    }
+    // As many as fit into a manifest: a conversion has a limit of its own (--max-layers).
     let layers = loose.layers.iter().enumerate();
     Ok(ImageManifest {
         config: Descriptor::from_oci(&loose.config, &format!("the configuration of {what}"))?,

@@ -3,6 +3,7 @@
 use std::path::PathBuf;
 use std::time::Duration;
 
+use crate::credentials::CredentialPlaces;
 use crate::platform::Platform;
 
 /// How a repository is opened. `Default` is right for a public registry over TLS.
@@ -16,6 +17,9 @@ pub struct SourceOptions {
     /// Docker's configuration: `config.json` or the directory that holds it. When absent, the
     /// places that docker and podman use are asked (see [`crate::credentials`]).
     pub docker_config: Option<PathBuf>,
+    /// Where credentials are looked up, when another process has found that out; `docker_config` is
+    /// not looked at then.
+    pub credentials: Option<CredentialPlaces>,
     /// Deadlines.
     pub timeouts: Timeouts,
     /// Retries.

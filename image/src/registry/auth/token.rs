@@ -22,9 +22,9 @@ const MAX_TOKEN_ANSWER: u64 = 1 << 20;
 const DEFAULT_LIFETIME: Duration = Duration::from_secs(60);
 
 /// A token and for how long to use it. No `Debug`: it is a secret.
-pub(super) struct Token {
-    pub(super) token: Zeroizing<String>,
-    pub(super) lifetime: Duration,
+pub(in crate::registry) struct Token {
+    pub(in crate::registry) token: Zeroizing<String>,
+    pub(in crate::registry) lifetime: Duration,
 }
 
 /// What the service answers. No `Debug`: it holds a secret.
@@ -135,6 +135,11 @@ async fn read(http: &Http, realm: &Url, response: Response) -> Result<Token, Fai
             .await?
             .to_vec(),
     );
+    parse(realm, &bytes)
+}
+
+/// What an answer of the token service `realm` says.
+pub(in crate::registry) fn parse(realm: &Url, answer: &[u8]) -> Result<Token, Failure> {
     let broken = |reason: String| {
         Failure::Final(SourceError::malformed(
             format!("the answer of the token service {}", shown(realm)),
@@ -142,7 +147,7 @@ async fn read(http: &Http, realm: &Url, response: Response) -> Result<Token, Fai
         ))
     };
     // serde_json's own message could quote the token; the position is enough.
-    let answer: Answer = serde_json::from_slice(&bytes).map_err(|e| {
+    let answer: Answer = serde_json::from_slice(answer).map_err(|e| {
         broken(format!(
             "not JSON, at line {} column {}",
             e.line(),
