@@ -264,6 +264,7 @@ fn documents(corpus: &Corpus) -> Result<(), Box<dyn Error>> {
     }
     let names = [
         "debian",
+        "T0/y",
         "127.0.0.1:5000/a/b:v1",
         "[::1]:5000/x@sha256:",
         "oci:/dir:tag",

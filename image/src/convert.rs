@@ -11,7 +11,7 @@ use std::fs::File;
 use std::io::{self, Read};
 use std::path::PathBuf;
 
-use lazyimg_convergent::{ChunkKey, Digest, MAX_CHUNK_LEN, Salt, TenantKey};
+use lazyimg_convergent::{ChunkKey, MAX_CHUNK_LEN, Salt, TenantKey};
 
 use crate::erofs;
 use crate::flatten::{self, Counters, FlattenError};
@@ -20,7 +20,7 @@ use crate::layout::{
     ChunkEncoder, Contents, LayerSink, Plan, PlanError, Region, SinkError, Ticket,
 };
 use crate::limits::Limits;
-use crate::manifest::{BLOCK, Entry, Header, Manifest};
+use crate::manifest::{BLOCK, Entry, Header, Manifest, ManifestError};
 use crate::source::{LayerDescriptor, ResolvedImage, SourceError};
 use crate::tree::{Kind, Tree};
 
@@ -73,6 +73,9 @@ pub enum ConvertError {
     /// The tree does not fit into EROFS.
     #[error(transparent)]
     Erofs(#[from] erofs::WriteError),
+    /// The image is larger than anything that can be mounted.
+    #[error(transparent)]
+    Manifest(#[from] ManifestError),
     /// A working file can't be made or read.
     #[error("working file in {dir}: {cause}; free some space there or set --work-dir")]
     Work {
@@ -176,11 +179,14 @@ pub fn convert<R: Read + Send>(
     }
     event(ConvertEvent::Finishing);
     let region = plan.finish(&tree, &contents)?;
+    // Before the metadata is made; `assemble` adds only its few chunks.
+    let stored = region.cuts.iter().filter(|c| c.ticket.is_some()).count();
+    Manifest::check_counts(region.cuts.len() as u64, stored as u64, 0)?;
     let place = |id| plan.start_block(&region, &contents, id);
     let metadata = erofs::write(&tree, &place, region.blocks)?;
     let meta_tickets = encode_metadata(&metadata, &mut pool).map_err(work)?;
     pool.wait().map_err(work)?;
-    assemble(
+    let form = assemble(
         image,
         tenant,
         options,
@@ -191,7 +197,9 @@ pub fn convert<R: Read + Send>(
         &meta_tickets,
         &pool,
     )
-    .map_err(work)
+    .map_err(work)?;
+    form.manifest.check_len()?;
+    Ok(form)
 }
 
 /// Cuts the metadata space and hands it to the encoders.
@@ -308,9 +316,4 @@ impl<R: Read> Read for Counting<'_, R> {
         (self.event)(ConvertEvent::Read(len as u64));
         Ok(len)
     }
-}
-
-/// The digest under which a layer's packs can be named in messages.
-pub fn short(digest: &Digest) -> String {
-    digest.hex()[..12].to_owned()
 }

@@ -20,9 +20,9 @@ mod sink;
 #[cfg(test)]
 mod tests;
 
+pub use ahead::Guessed;
 pub use cutter::{LARGE, PACK_MAX, PACK_TARGET, PackCutter};
 pub use plan::{Cut, Group, Plan, PlanError, Region};
-pub use ahead::Guessed;
 pub use sink::{Body, Content, Contents, LayerSink, SinkError, Small};
 
 /// Takes plaintext chunks and gives a ticket for what they become.

@@ -235,6 +235,13 @@ fn parse_registry(text: &str) -> Result<RegistryRef, String> {
             e.to_string()
         }
     })?;
+    // oci-client checks the grammar before it decides that `Name/app` has no host.
+    if parsed.repository().bytes().any(|b| b.is_ascii_uppercase()) {
+        return Err(
+            "a repository is in lower case, and a registry's name has a dot or a port, or is localhost"
+                .into(),
+        );
+    }
     let digest = match parsed.digest() {
         None => None,
         Some(text) if text.starts_with("sha256:") => Some(
@@ -432,6 +439,7 @@ mod tests {
             ("oci:/a:", "tag"),
             ("https://x/y", "scheme"),
             ("h/X", "lower case"),
+            ("T0/y", "lower case"),
             (&format!("h/x@sha512:{}", "a".repeat(128)), "sha512"),
             ("h/x@sha256:abc", "format"),
             ("h/../x", "format"),

@@ -55,7 +55,7 @@ fn images_dir() -> PathBuf {
             .map(PathBuf::from)
     };
     let home = || var("HOME").unwrap_or_else(|| "/root".into()).join(".cache");
-    let work = var("LAZYIMG_WORK_DIR")
+    let work = var("LAZYIMG_DEV_DIR")
         .unwrap_or_else(|| var("XDG_CACHE_HOME").unwrap_or_else(home).join("lazyimg"));
     work.join("images-v1")
 }

@@ -74,16 +74,18 @@ pub fn read_blocking(image: &Arc<Image>, spec: &ChunkSpec, deadline: Duration) -
         let _ = done.send(outcome);
     });
     // The task keeps the deadline; this bounds a runtime that is stuck or gone.
-    let outcome = wait.recv_timeout(deadline + GRACE).unwrap_or_else(|e| {
-        Err(match e {
-            mpsc::RecvTimeoutError::Timeout => ReadError::TimedOut {
-                id: *spec.id(),
-                waited: begun.elapsed(),
-                failures: Vec::new(),
-            },
-            mpsc::RecvTimeoutError::Disconnected => ReadError::Abandoned { id: *spec.id() },
-        })
-    });
+    let outcome = wait
+        .recv_timeout(deadline.saturating_add(GRACE))
+        .unwrap_or_else(|e| {
+            Err(match e {
+                mpsc::RecvTimeoutError::Timeout => ReadError::TimedOut {
+                    id: *spec.id(),
+                    waited: begun.elapsed(),
+                    failures: Vec::new(),
+                },
+                mpsc::RecvTimeoutError::Disconnected => ReadError::Abandoned { id: *spec.id() },
+            })
+        });
     image.counted(outcome)
 }
 
@@ -100,18 +102,19 @@ pub fn read_many_blocking(
     image.host.runtime.spawn(async move {
         let _ = done.send(read_many(&task_image, &task_specs, patience).await);
     });
-    wait.recv_timeout(deadline + GRACE).unwrap_or_else(|_| {
-        specs
-            .iter()
-            .map(|spec| {
-                image.counted(Err(ReadError::TimedOut {
-                    id: *spec.id(),
-                    waited: begun.elapsed(),
-                    failures: Vec::new(),
-                }))
-            })
-            .collect()
-    })
+    wait.recv_timeout(deadline.saturating_add(GRACE))
+        .unwrap_or_else(|_| {
+            specs
+                .iter()
+                .map(|spec| {
+                    image.counted(Err(ReadError::TimedOut {
+                        id: *spec.id(),
+                        waited: begun.elapsed(),
+                        failures: Vec::new(),
+                    }))
+                })
+                .collect()
+        })
 }
 
 /// One chunk.

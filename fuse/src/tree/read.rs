@@ -131,7 +131,10 @@ impl Shared {
             .filter_map(|(i, segment)| Some((i, self.spec(segment)?)))
             .collect();
         if let [(i, spec)] = missing[..] {
-            pieces[i] = Some(piece(&self.store.read_within(spec, half).await?, &segments[i]));
+            pieces[i] = Some(piece(
+                &self.store.read_within(spec, half).await?,
+                &segments[i],
+            ));
             return Ok(());
         }
         let specs: Vec<ChunkSpec> = missing.iter().map(|&(_, spec)| spec.clone()).collect();

@@ -74,6 +74,30 @@ fn disk_usage(dir: &Path) -> u64 {
 }
 
 #[test]
+fn whoever_closes_it_finds_it_closed() {
+    let dir = tempfile::tempdir().unwrap();
+    let cache = HostCache::open(dir.path(), CacheOptions::new(1 << 30)).unwrap();
+    let (id, bytes) = stored(1, 1000);
+    put(&cache, &id, &bytes);
+    cache.flush();
+    // Work that keeps the first one busy.
+    for n in 2..70 {
+        let (id, bytes) = stored(n, 100_000);
+        put(&cache, &id, &bytes);
+    }
+    std::thread::scope(|scope| {
+        for _ in 0..4 {
+            scope.spawn(|| {
+                cache.close();
+                // A process may end now.
+                assert!(cache.shared.index.read().is_none());
+            });
+        }
+    });
+    assert!(cache.get(&id).is_none() && !cache.put(&id, bytes.clone()));
+}
+
+#[test]
 fn what_was_put_is_there_at_once_and_after_a_reopen() {
     let dir = tempfile::tempdir().unwrap();
     let cache = HostCache::open(dir.path(), small()).unwrap();
