@@ -1,5 +1,7 @@
 //! Payload: what is encrypted. One codec byte, then the chunk's bytes in that codec.
 
+use std::io::Cursor;
+
 /// Codec byte: the bytes follow as they are.
 pub const CODEC_STORED: u8 = 0;
 /// Codec byte: one zstd frame (RFC 8878) follows.
@@ -65,13 +67,18 @@ impl Encoder {
     /// Deterministic for one version of zstd; a new version may give other bytes, and with them
     /// another key, so that no key ever encrypts two messages.
     pub fn encode(&mut self, plain: &[u8]) -> Vec<u8> {
-        let mut out = vec![0; 1 + zstd::zstd_safe::compress_bound(plain.len())];
+        // Not filled with zeros first, which would cost as much as encrypting.
+        let bound = zstd::zstd_safe::compress_bound(plain.len());
+        let mut out = Cursor::new(Vec::with_capacity(1 + bound));
+        out.get_mut().push(CODEC_ZSTD);
+        out.set_position(1);
         // Decoding costs more than the 3 % that a barely compressible chunk saves.
         let worth = plain.len() - plain.len() / 32;
-        match self.zstd.compress_to_buffer(plain, &mut out[1..]) {
+        let compressed = self.zstd.compress_to_buffer(plain, &mut out);
+        let mut out = out.into_inner();
+        match compressed {
             Ok(len) if len < worth => {
-                out[0] = CODEC_ZSTD;
-                out.truncate(1 + len);
+                debug_assert_eq!(out.len(), 1 + len);
             }
             _ => {
                 out.clear();

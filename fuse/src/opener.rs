@@ -20,7 +20,7 @@ pub const REGISTRY_TIER: &str = "registry";
 
 /// Connections that are opened while the first answer is awaited: what opening an artifact uses at
 /// once.
-const PRECONNECT: usize = 5;
+const PRECONNECT: usize = 6;
 
 /// An image that is ready to be mounted.
 pub struct OpenedImage {

@@ -26,9 +26,10 @@ use crate::tree::{Kind, Tree};
 
 pub use encode_pool::{EncodePool, Encoded};
 
-/// Length of the first chunk of the metadata space, in bytes (32 KiB): holds the superblock and the
-/// top of the tree, and compresses to what a new connection carries in its first round trip.
-pub const FIRST_META_CHUNK: usize = 32 << 10;
+/// Length of the first chunk of the metadata space, in bytes (64 KiB): holds the superblock and the
+/// top two levels of a usual tree with their names, which is what the first `ls` asks for. With 32 KiB
+/// it waited for the second chunk, on a link of 20 ms another 70 ms.
+pub const FIRST_META_CHUNK: usize = 64 << 10;
 
 /// Length of the other chunks of the metadata space, in bytes.
 pub const META_CHUNK: usize = 512 << 10;
