@@ -67,7 +67,7 @@ impl Encoder {
     /// Deterministic for one version of zstd; a new version may give other bytes, and with them
     /// another key, so that no key ever encrypts two messages.
     pub fn encode(&mut self, plain: &[u8]) -> Vec<u8> {
-        // Not filled with zeros first, which would cost as much as encrypting.
+        // Room for the worst case, not filled with zeros first.
         let bound = zstd::zstd_safe::compress_bound(plain.len());
         let mut out = Cursor::new(Vec::with_capacity(1 + bound));
         out.get_mut().push(CODEC_ZSTD);

@@ -154,8 +154,8 @@ pub fn run(options: DaemonOptions, start: Start) -> Result<(), DaemonError> {
 
 /// Keeps glibc from holding on to the buffers of chunks. By default each thread keeps an arena, and
 /// thresholds grow with use: twice the memory at the peak for an image of 40,000 files (measured by
-/// `lazyimg-bench --only memory`). Buffers of chunks stay on the heap, though: mapping each anew
-/// costs a quarter of what decoding it does.
+/// `lazyimg-bench --only memory`). Buffers of chunks stay on the heap, though: a mapping for each means
+/// page faults for every page of every chunk.
 fn give_memory_back() {
     for (parameter, value) in [
         (libc::M_ARENA_MAX, 2),

@@ -13,24 +13,8 @@ use base64::engine::general_purpose::STANDARD;
 use common::proxy::{Action, Proxy};
 use common::*;
 use lazyimg_convergent::Digest;
-use lazyimg_image::reference::ManifestRef;
-use lazyimg_image::source::SourceError;
 use parking_lot::Mutex;
 use serde_json::json;
-
-fn v1() -> ManifestRef {
-    ManifestRef::Tag("v1".into())
-}
-
-fn basic(password: &str) -> String {
-    format!("Basic {}", STANDARD.encode(format!("{USER}:{password}")))
-}
-
-fn unauthorized(error: &SourceError) -> String {
-    let text = format!("{} {error:?}", chain(error));
-    assert!(matches!(error, SourceError::Unauthorized { .. }), "{text}");
-    text
-}
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_password_from_the_docker_configuration_opens_a_registry_without_a_round_trip_more() {

@@ -12,16 +12,11 @@ use common::proxy::{Action, Proxy, Seen};
 use common::*;
 use futures_util::TryStreamExt as _;
 use lazyimg_convergent::Digest;
-use lazyimg_image::reference::ManifestRef;
 use lazyimg_image::source::{Repository, SourceError, SourceOptions};
 use serde_json::json;
 
 /// What a proxy does with a request.
 type Answer = Box<dyn Fn(&Seen) -> Action + Send + Sync>;
-
-fn v1() -> ManifestRef {
-    ManifestRef::Tag("v1".into())
-}
 
 /// A registry with one blob, behind a proxy that misbehaves on blobs alone.
 struct Setup {

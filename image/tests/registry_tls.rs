@@ -8,7 +8,6 @@ mod common;
 use std::path::Path;
 
 use common::*;
-use lazyimg_image::reference::ManifestRef;
 use lazyimg_image::source::{SourceError, SourceOptions};
 
 /// Reserved for documentation (RFC 5737): nowhere but in the namespace.
@@ -22,10 +21,6 @@ const NAMESPACE: &[&str] = &[
     "ip link set lo up && ip addr add 192.0.2.1/32 dev lo && exec \"$@\"",
     "sh",
 ];
-
-fn v1() -> ManifestRef {
-    ManifestRef::Tag("v1".into())
-}
 
 /// A CA and a certificate for [`ADDRESS`] in a directory.
 fn certificates(dir: &Path) {

@@ -14,24 +14,9 @@ use base64::engine::general_purpose::{STANDARD, URL_SAFE_NO_PAD};
 use common::proxy::{Action, Proxy, Seen};
 use common::*;
 use lazyimg_convergent::Digest;
-use lazyimg_image::reference::ManifestRef;
 use lazyimg_image::source::{Repository, SourceError};
 use parking_lot::Mutex;
 use serde_json::json;
-
-fn v1() -> ManifestRef {
-    ManifestRef::Tag("v1".into())
-}
-
-fn basic(password: &str) -> String {
-    format!("Basic {}", STANDARD.encode(format!("{USER}:{password}")))
-}
-
-fn unauthorized(error: &SourceError) -> String {
-    let text = format!("{} {error:?}", chain(error));
-    assert!(matches!(error, SourceError::Unauthorized { .. }), "{text}");
-    text
-}
 
 /// A token service and a registry that accepts its tokens for `lifetime`.
 struct Tokens {

@@ -9,10 +9,12 @@ use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::time::Duration;
 
+use base64::Engine as _;
+use base64::engine::general_purpose::STANDARD;
 use bytes::Bytes;
 use lazyimg_convergent::Digest;
-use lazyimg_image::reference::ImageRef;
-use lazyimg_image::source::{Repository, RetryPolicy, SourceOptions};
+use lazyimg_image::reference::{ImageRef, ManifestRef};
+use lazyimg_image::source::{Repository, RetryPolicy, SourceError, SourceOptions};
 use serde_json::{Value, json};
 
 pub const OCI_MANIFEST: &str = "application/vnd.oci.image.manifest.v1+json";
@@ -145,8 +147,7 @@ pub fn docker_config(value: &Value) -> (tempfile::TempDir, SourceOptions) {
 
 /// `auths` with [`USER`] and a password for one registry.
 pub fn auths(registry: &str, password: &str) -> Value {
-    use base64::Engine as _;
-    let auth = base64::engine::general_purpose::STANDARD.encode(format!("{USER}:{password}"));
+    let auth = credentials(password);
     json!({"auths": {registry: {"auth": auth}}})
 }
 
@@ -313,4 +314,25 @@ pub fn in_child(test: &str, environment: &[(&str, &str)], wrapper: &[&str]) -> b
         "{text}"
     );
     false
+}
+
+pub fn v1() -> ManifestRef {
+    ManifestRef::Tag("v1".into())
+}
+
+/// User and password as HTTP's basic scheme and docker's configuration have them.
+fn credentials(password: &str) -> String {
+    STANDARD.encode(format!("{USER}:{password}"))
+}
+
+/// The `Authorization` of [`USER`].
+pub fn basic(password: &str) -> String {
+    format!("Basic {}", credentials(password))
+}
+
+/// The texts of an error that must be "unauthorized".
+pub fn unauthorized(error: &SourceError) -> String {
+    let text = format!("{} {error:?}", chain(error));
+    assert!(matches!(error, SourceError::Unauthorized { .. }), "{text}");
+    text
 }
