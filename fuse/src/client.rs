@@ -352,12 +352,12 @@ fn converse(
     };
     stream.set_read_timeout(Some(SILENCE))?;
     stream.set_write_timeout(Some(SILENCE))?;
-    if let Err(error) = stream.write_all(line) {
-        return if hung_up(&error) {
-            Ok(None)
-        } else {
-            Err(error)
-        };
+    // A daemon that refuses may have answered and hung up before we have said what we want: what it
+    // said is still there to be read.
+    if let Err(error) = stream.write_all(line)
+        && !hung_up(&error)
+    {
+        return Err(error);
     }
     let mut replies = BufReader::new(stream);
     loop {
@@ -423,5 +423,32 @@ fn unexpected(reply: &Reply) -> ClientError {
     ClientError::Refused {
         code: ErrorCode::Internal,
         message: format!("the daemon answered something else: {reply:?}"),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_answer_that_came_before_the_question_is_heard() {
+        let (ours, mut theirs) = UnixStream::pair().unwrap();
+        let reply = Reply::Error {
+            code: ErrorCode::Again,
+            message: "another daemon of this cache was faster".to_owned(),
+        };
+        let mut line = serde_json::to_vec(&Envelope::new(&reply)).unwrap();
+        line.push(b'\n');
+        theirs.write_all(&line).unwrap();
+        drop(theirs);
+        let heard = converse(ours, b"{}\n", &mut |_, _| {}).unwrap();
+        assert_eq!(heard, Some(reply));
+    }
+
+    #[test]
+    fn a_daemon_that_is_gone_without_a_word_is_told_from_one_that_answers() {
+        let (ours, theirs) = UnixStream::pair().unwrap();
+        drop(theirs);
+        assert_eq!(converse(ours, b"{}\n", &mut |_, _| {}).unwrap(), None);
     }
 }
