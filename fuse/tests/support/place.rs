@@ -31,7 +31,10 @@ impl Place {
         // Cargo sets it for tests, and builds the program for them.
         let built = option_env!("CARGO_BIN_EXE_mini").unwrap_or_default();
         let mini = root.path().join("mini");
-        fs::copy(built, &mini).unwrap();
+        // By another process: a copy of ours could be open for writing in a child that another test
+        // forks just then, and cannot be run until that child has become something else.
+        let copied = Command::new("cp").arg(built).arg(&mini).status();
+        assert!(copied.unwrap().success());
         Self {
             root,
             mini,
