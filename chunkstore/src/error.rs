@@ -16,7 +16,7 @@ pub enum FetchError {
     #[error("not there: {0}")]
     NotFound(String),
     /// The tier refuses us.
-    #[error("not authorised: {0}; log in again (`docker login`) or check the credential helper")]
+    #[error("not authorised: {0}")]
     Unauthorized(String),
     /// The tier can't be reached or is in trouble; it may work later.
     #[error("unavailable: {source}")]
@@ -59,6 +59,21 @@ impl FetchError {
         }
     }
 
+    /// What kind of failure it is.
+    pub fn kind(&self) -> ErrorKind {
+        match self.root() {
+            Self::NotFound(_) => ErrorKind::NotFound,
+            Self::Unauthorized(_) => ErrorKind::Unauthorized,
+            Self::TimedOut(_) => ErrorKind::TimedOut,
+            Self::Corrupt(_) => ErrorKind::Corrupt,
+            Self::Invalid(_) => ErrorKind::Invalid,
+            // What is behind them is the root.
+            Self::Unavailable { .. } | Self::GaveUp { .. } | Self::Shared(_) => {
+                ErrorKind::Unavailable
+            }
+        }
+    }
+
     /// The failure itself, without what was said of its retries and of who shares it.
     pub fn root(&self) -> &FetchError {
         match self {
@@ -76,6 +91,23 @@ impl FetchError {
             _ => false,
         }
     }
+}
+
+/// The kinds of [`FetchError`], for counting.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum ErrorKind {
+    /// The tier does not have it.
+    NotFound,
+    /// The tier refuses us.
+    Unauthorized,
+    /// The tier is in trouble.
+    Unavailable,
+    /// No answer in time.
+    TimedOut,
+    /// Wrong bytes.
+    Corrupt,
+    /// The request can't be made.
+    Invalid,
 }
 
 /// One tier's part in a failed read.
@@ -144,6 +176,17 @@ impl ReadError {
             | Self::Undecryptable { id, .. }
             | Self::BadSpec { id, .. }
             | Self::Abandoned { id } => id,
+        }
+    }
+
+    /// Whether every tier failed for a reason that lies with its servers, not with who asked: then
+    /// another who asks the same servers now gets the same answer.
+    pub(crate) fn is_passing(&self) -> bool {
+        match self {
+            Self::Tiers { failures, .. } => {
+                !failures.is_empty() && failures.iter().all(|f| f.error.root().is_retryable())
+            }
+            _ => false,
         }
     }
 

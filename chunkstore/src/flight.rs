@@ -7,7 +7,9 @@
 //! **A failed flight fails its waiters with the same cause**: they have waited for their answer,
 //! and asking again at once would only multiply the load on a tier in trouble. Exceptions, where
 //! the waiter asks by itself: the flight was another image's (its tiers or its manifest may be
-//! wrong, not ours), or prefetch's.
+//! wrong, not ours), or prefetch's. But where all the servers behind the other image's tiers are in
+//! trouble and ours are the same, their failure is ours: else a hundred mounts of one image
+//! would ask a dead registry a hundred times, one after another.
 
 use std::collections::HashMap;
 use std::sync::Arc;
@@ -21,12 +23,33 @@ use tokio::sync::watch;
 use crate::{FetchError, ReadError, TierFailure};
 
 /// Who asked: an image's readers, or its prefetch.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Owner {
-    /// Readers of the image of this number.
-    Image(u64),
+    /// Readers of an image.
+    Image {
+        /// Its number.
+        number: u64,
+        /// The servers behind its tiers, where all are known.
+        servers: Option<Arc<str>>,
+    },
     /// Somebody's prefetch.
     Prefetch,
+}
+
+impl Owner {
+    /// Whether a failure of this owner's flight is one for `us` too.
+    pub fn fails(&self, us: &Owner, error: &ReadError) -> bool {
+        match (self, us) {
+            (
+                Self::Image { number, servers },
+                Self::Image {
+                    number: n,
+                    servers: s,
+                },
+            ) => number == n || (servers.is_some() && servers == s && error.is_passing()),
+            _ => false,
+        }
+    }
 }
 
 /// How a flight ended: a ciphertext whose id was verified, or why there is none.
@@ -71,6 +94,13 @@ impl Flights {
             flight: Arc::clone(&flight),
         };
         (Waiter::new(&flight), Some(ticket))
+    }
+
+    /// How many wait for the flight of `id`.
+    #[cfg(test)]
+    pub fn waiters(&self, id: &ChunkId) -> usize {
+        let under_way = self.under_way.lock();
+        under_way.get(id).map_or(0, |f| f.outcome.receiver_count())
     }
 
     /// How many flights are under way.
@@ -148,8 +178,8 @@ impl Waiter {
     }
 
     /// Who began the flight.
-    pub fn owner(&self) -> Owner {
-        self.flight.owner
+    pub fn owner(&self) -> &Owner {
+        &self.flight.owner
     }
 
     /// The tiers that have failed so far, and the one that has not answered.
@@ -171,15 +201,19 @@ mod tests {
     use super::*;
 
     const ID: ChunkId = ChunkId([1; 32]);
-    const US: Owner = Owner::Image(1);
+    const US: Owner = image(1, None);
+
+    const fn image(number: u64, servers: Option<Arc<str>>) -> Owner {
+        Owner::Image { number, servers }
+    }
 
     #[tokio::test]
     async fn all_who_join_get_what_the_leader_brings() {
         let flights = Arc::new(Flights::default());
         let (mut first, ticket) = flights.join(&ID, US);
-        let (mut second, none) = flights.join(&ID, Owner::Image(2));
+        let (mut second, none) = flights.join(&ID, image(2, None));
         assert!(none.is_none());
-        assert_eq!(second.owner(), US);
+        assert_eq!(*second.owner(), US);
         ticket.unwrap().end(Ok(Bytes::from_static(b"x")));
         assert_eq!(first.wait().await.unwrap().unwrap(), "x");
         assert_eq!(second.wait().await.unwrap().unwrap(), "x");
@@ -196,6 +230,27 @@ mod tests {
             Some(Err(ReadError::Abandoned { .. }))
         ));
         assert!(flights.join(&ID, US).1.is_some(), "and the next one leads");
+    }
+
+    #[test]
+    fn trouble_of_the_same_servers_is_shared_and_nothing_else() {
+        let failed = |error| ReadError::Tiers {
+            id: ID,
+            failures: vec![TierFailure {
+                tier: "t".to_owned(),
+                error: Arc::new(error),
+            }],
+        };
+        let trouble = failed(FetchError::unavailable("down"));
+        let missing = failed(FetchError::NotFound("x".to_owned()));
+        let here = || Some(Arc::from("here"));
+        let them = image(1, here());
+        assert!(them.fails(&image(1, here()), &missing), "ourselves");
+        assert!(them.fails(&image(2, here()), &trouble));
+        assert!(!them.fails(&image(2, here()), &missing));
+        assert!(!them.fails(&image(2, Some(Arc::from("there"))), &trouble));
+        assert!(!image(1, None).fails(&image(2, None), &trouble));
+        assert!(!Owner::Prefetch.fails(&them, &trouble));
     }
 
     #[test]

@@ -11,6 +11,7 @@ mod dir;
 mod error;
 mod index;
 mod record;
+mod scrub;
 mod segments;
 mod writer;
 
@@ -33,6 +34,7 @@ use record::Location;
 use segments::{Found, Segments};
 
 pub use error::CacheError;
+pub use scrub::Scrubbed;
 
 /// The smallest cache, in bytes: the index's files and a handful of segments.
 pub const MIN_CACHE_BYTES: u64 = 16 << 20;
@@ -143,6 +145,7 @@ enum Job {
     Put(ChunkId, Bytes, OwnedSemaphorePermit),
     Rebuild,
     Flush(mpsc::SyncSender<()>),
+    Trim(u64, mpsc::SyncSender<()>),
     Stop,
 }
 
@@ -332,6 +335,17 @@ impl HostCache {
         if self.jobs.send(Job::Flush(done)).is_ok() {
             let _ = wait.recv();
         }
+    }
+
+    /// Gives up the least useful segments until at most `bytes` of disk are used, and returns what is
+    /// used then. What readers miss afterwards is
+    /// fetched again.
+    pub fn trim(&self, bytes: u64) -> CacheStats {
+        let (done, wait) = mpsc::sync_channel(1);
+        if self.jobs.send(Job::Trim(bytes, done)).is_ok() {
+            let _ = wait.recv();
+        }
+        self.stats()
     }
 
     /// Writes what is queued, notes the order of use, and closes the index and the directory's lock;

@@ -155,12 +155,26 @@ impl Segments {
         self.next_number.fetch_add(1, Relaxed)
     }
 
-    /// Reads the record of `id` at `at`. Only its header is checked: whoever opens the chunk
-    /// checks the bytes.
+    /// Reads the record of `id` at `at`, and notes that its segment was used. Only its header is
+    /// checked: whoever opens the chunk checks the bytes.
     pub fn read(&self, id: &ChunkId, at: Location) -> Found {
-        let Some(segment) = self.get(at.segment) else {
+        let found = self.peek(id, at);
+        if let Found::Bytes(_) = found
+            && let Some(segment) = self.get(at.segment)
+        {
+            let tick = self.clock.fetch_add(1, Relaxed);
+            segment.used.store(tick, Relaxed);
+            segment.hits.fetch_add(1, Relaxed);
+            segment.used_since_noted.store(true, Relaxed);
+        }
+        found
+    }
+
+    /// [`Segments::read`] by somebody who is no reader: it does not count as use.
+    pub fn peek(&self, id: &ChunkId, at: Location) -> Found {
+        if self.get(at.segment).is_none() {
             return Found::Gone;
-        };
+        }
         let file = match self.file(at.segment) {
             Ok(file) => file,
             Err(e) if e.kind() == io::ErrorKind::NotFound => return Found::Gone,
@@ -169,19 +183,14 @@ impl Segments {
                 return Found::Gone;
             }
         };
-        let bytes = match read_record(&file, id, at) {
-            Ok(Some(bytes)) => bytes,
-            Ok(None) => return Found::Bad,
+        match read_record(&file, id, at) {
+            Ok(Some(bytes)) => Found::Bytes(bytes),
+            Ok(None) => Found::Bad,
             Err(e) => {
                 tracing::warn!(segment = at.segment, offset = at.offset, error = %e, "cannot read a cached chunk");
-                return Found::Bad;
+                Found::Bad
             }
-        };
-        let tick = self.clock.fetch_add(1, Relaxed);
-        segment.used.store(tick, Relaxed);
-        segment.hits.fetch_add(1, Relaxed);
-        segment.used_since_noted.store(true, Relaxed);
-        Found::Bytes(bytes)
+        }
     }
 
     /// Makes the file of a new segment, its header written.

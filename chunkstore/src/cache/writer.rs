@@ -126,6 +126,12 @@ impl Writer {
                 Ok(Job::Flush(done)) => {
                     let _ = done.send(());
                 }
+                Ok(Job::Trim(bytes, done)) => {
+                    if let Err(e) = self.trim(bytes) {
+                        self.recover(&e);
+                    }
+                    let _ = done.send(());
+                }
                 Ok(Job::Stop) | Err(RecvTimeoutError::Disconnected) => break,
                 Err(RecvTimeoutError::Timeout) => {}
             }
@@ -335,6 +341,20 @@ impl Writer {
             }
             given_up += before.saturating_sub(self.shared.segments.cost().0);
         }
+        Ok(())
+    }
+
+    /// Gives up segments until at most `bytes` of disk are used. The active one is closed first: an
+    /// empty cache should be empty.
+    fn trim(&mut self, bytes: u64) -> Result<(), WriteError> {
+        self.seal();
+        let most = bytes.saturating_sub(INDEX_FIXED_BYTES);
+        while self.shared.segments.cost().0 > most {
+            if !self.evict_one()? {
+                break;
+            }
+        }
+        self.index_excess();
         Ok(())
     }
 

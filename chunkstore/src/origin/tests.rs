@@ -1,6 +1,7 @@
 use std::sync::atomic::AtomicUsize;
 
 use super::*;
+use crate::guard::{BreakerState, Guards};
 use crate::testing::{MemoryBlobs, TestChunk, pack, test_chunk};
 
 fn quick() -> OriginOptions {
@@ -123,21 +124,102 @@ async fn what_is_not_there_is_not_asked_for_again() {
     assert_eq!(blobs.requests.lock().len(), 1);
 }
 
+/// A guard whose breaker never opens.
+fn unbreakable() -> Guards {
+    Guards::new(BreakerOptions {
+        failures: u32::MAX,
+        rate_requests: u32::MAX,
+        ..BreakerOptions::default()
+    })
+}
+
 #[tokio::test]
-async fn when_everything_fails_the_retry_budget_bounds_the_load() {
-    let mut chunks: Vec<_> = (0..100).map(|n| test_chunk(n, 70_000)).collect();
+async fn when_everything_fails_the_retry_budget_of_the_registry_bounds_the_load() {
+    let guards = unbreakable();
+    let images = 5;
+    let mut all = Vec::new();
+    for image in 0..images {
+        let mut chunks: Vec<_> = (0..20)
+            .map(|n| test_chunk(image * 100 + n, 70_000))
+            .collect();
+        let mut blobs = blobs_of(&mut chunks);
+        blobs.fail_first = AtomicUsize::new(10_000);
+        let blobs = Arc::new(blobs);
+        let origin =
+            PackOrigin::new("registry", blobs.clone(), quick()).guarded(guards.of("registry.test"));
+        all.push((origin, blobs, chunks));
+    }
+    let begun = Instant::now();
+    let fetches = all.iter().map(|(origin, _, chunks)| async move {
+        let far: Vec<_> = chunks.iter().step_by(2).cloned().collect();
+        let failed = fetch(origin, &far).await;
+        assert!(failed.into_iter().all(|r| r.unwrap().is_err()));
+    });
+    futures_util::future::join_all(fetches).await;
+    let requests: usize = all
+        .iter()
+        .map(|(_, blobs, _)| blobs.requests.lock().len())
+        .sum();
+    let first_tries = 10 * images as usize;
+    // A full budget is 20 retries, and a second earns half of one.
+    let retries = 20 + begun.elapsed().as_secs() as usize / 2 + 1;
+    assert!(
+        (first_tries..=first_tries + retries).contains(&requests),
+        "{requests} requests for {first_tries} runs"
+    );
+    let told: u64 = all.iter().map(|(origin, ..)| origin.health().retries).sum();
+    assert_eq!(requests, first_tries + told as usize);
+}
+
+#[tokio::test]
+async fn a_dead_registry_is_left_alone_and_used_again_when_it_is_back() {
+    let mut chunks: Vec<_> = (0..40).map(|n| test_chunk(n, 70_000)).collect();
     let mut blobs = blobs_of(&mut chunks);
-    blobs.fail_first = AtomicUsize::new(10_000);
+    blobs.fail_first = AtomicUsize::new(1_000_000);
     let blobs = Arc::new(blobs);
-    let origin = PackOrigin::new("registry", blobs.clone(), quick());
+    let guards = Guards::default();
+    let options = OriginOptions {
+        breaker_wait: Duration::ZERO,
+        ..quick()
+    };
+    let origin =
+        PackOrigin::new("registry", blobs.clone(), options).guarded(guards.of("registry.test"));
     let far: Vec<_> = chunks.iter().step_by(2).cloned().collect();
     let failed = fetch(&origin, &far).await;
     assert!(failed.into_iter().all(|r| r.unwrap().is_err()));
-    let requests = blobs.requests.lock().len();
+    assert_eq!(origin.health().origins[0].openings, 1);
     assert!(
-        (50..80).contains(&requests),
-        "{requests} requests for 50 runs"
+        blobs.requests.lock().len() < 20,
+        "not even one for each run"
     );
+
+    // Another image of that registry, whose reader has time: it hears of the probe that works.
+    blobs.fail_first.store(0, Relaxed);
+    let patient = OriginOptions {
+        breaker_wait: Duration::from_secs(30),
+        ..quick()
+    };
+    let other =
+        PackOrigin::new("registry", blobs.clone(), patient).guarded(guards.of("registry.test"));
+    assert_all_right(&far, fetch(&other, &far).await);
+    assert_eq!(other.health().origins[0].breaker, BreakerState::Closed);
+}
+
+#[tokio::test]
+async fn a_short_request_that_hangs_is_answered_by_its_hedge() {
+    let mut chunks: Vec<_> = (0..120).map(|n| test_chunk(n, 70_000)).collect();
+    let blobs = Arc::new(blobs_of(&mut chunks));
+    let mut options = quick();
+    options.attempt_timeout = Duration::from_secs(60);
+    options.hedge_floor = Duration::from_millis(1);
+    let origin = PackOrigin::new("registry", blobs.clone(), options);
+    let far: Vec<_> = chunks.iter().step_by(2).cloned().collect();
+    assert_all_right(&far, fetch(&origin, &far).await);
+    blobs.hang_first.store(1, Relaxed);
+    assert_all_right(&far[..1], fetch(&origin, &far[..1]).await);
+    let health = origin.health();
+    assert!(health.hedges_won >= 1, "{health:?}");
+    assert!(health.hedges * 20 <= health.sent, "{health:?}");
 }
 
 #[tokio::test]

@@ -1,11 +1,15 @@
 //! The store of a host, and each image's view of it.
 
+mod admission;
+mod gather;
 mod local;
 mod prefetch;
 mod read;
 mod verify;
 mod walk;
 
+#[cfg(test)]
+mod flow_tests;
 #[cfg(test)]
 mod tests;
 
@@ -19,11 +23,14 @@ use parking_lot::Mutex;
 use tokio::runtime::Handle;
 use tokio::sync::Semaphore;
 
-use crate::flight::Flights;
+use crate::flight::{Flights, Owner};
 use crate::stats::TierStats;
-use crate::{ChunkSpec, HostCache, HotCache, MountStats, ReadError, Tier};
+use crate::{ChunkSpec, HostCache, HotCache, MountStats, Offer, ReadError, Tier};
 
+use admission::Admission;
 use read::Patience;
+
+pub use admission::{AdmissionOptions, Admitted, Overloaded};
 
 pub use verify::{CopyPlace, Verified, VerifyScope};
 
@@ -43,8 +50,10 @@ pub struct StoreOptions {
     pub hot_bytes: usize,
     /// How long one fetch may take over all tiers, unless a reader who begins it has more patience
     /// ([`ImageStore::read_within`]). Each tier gets an equal share of what is left when its turn
-    /// comes.
+    /// comes, or less where [`Tier::deadline`] says so.
     pub fetch_deadline: Duration,
+    /// When new mounts wait: [`Store::admit`].
+    pub admission: AdmissionOptions,
 }
 
 impl Default for StoreOptions {
@@ -52,6 +61,7 @@ impl Default for StoreOptions {
         Self {
             hot_bytes: 16 << 20,
             fetch_deadline: Duration::from_secs(30),
+            admission: AdmissionOptions::default(),
         }
     }
 }
@@ -71,6 +81,7 @@ struct Host {
     /// Chunks whose cached copy was bad and has not been replaced yet.
     wounded: Mutex<std::collections::HashSet<ChunkId>>,
     prefetching: Arc<Semaphore>,
+    admission: Arc<Admission>,
     options: StoreOptions,
     runtime: Handle,
     images: AtomicU64,
@@ -88,9 +99,12 @@ pub struct ImageStore {
 struct Image {
     host: Arc<Host>,
     number: u64,
+    /// [`Owner::Image`].
+    servers: Option<Arc<str>>,
     tiers: Vec<(Arc<dyn Tier>, Arc<TierStats>)>,
     stats: Arc<MountStats>,
     prefetch: prefetch::Queue,
+    gather: gather::Gather,
 }
 
 impl Store {
@@ -105,6 +119,7 @@ impl Store {
                 decoding: (0..DECODE_LOCKS).map(|_| Mutex::new(())).collect(),
                 wounded: Mutex::default(),
                 prefetching: Arc::new(Semaphore::new(prefetch::CONCURRENCY)),
+                admission: Arc::new(Admission::new(options.admission.clone())),
                 options,
                 runtime,
                 images: AtomicU64::new(0),
@@ -114,10 +129,12 @@ impl Store {
 
     /// The chunks of one image through its tiers, nearest first. No tiers: only what is here.
     pub fn image(&self, tiers: Vec<Arc<dyn Tier>>, stats: Arc<MountStats>) -> ImageStore {
+        let servers = servers(&tiers);
         let tiers = tiers
             .into_iter()
             .map(|tier| {
                 let counters = stats.tier(tier.name());
+                counters.attach(&tier);
                 (tier, counters)
             })
             .collect();
@@ -125,9 +142,11 @@ impl Store {
             image: Arc::new(Image {
                 host: Arc::clone(&self.host),
                 number: self.host.images.fetch_add(1, Relaxed),
+                servers,
                 tiers,
                 stats,
                 prefetch: prefetch::Queue::default(),
+                gather: gather::Gather::default(),
             }),
             mounted: Arc::new(()),
         }
@@ -239,19 +258,32 @@ impl ImageStore {
             .is_some_and(|cache| cache.contains(id))
     }
 
-    /// Keeps chunks that came along with something else (the head of a pack with the manifest), and
-    /// counts them as the first tier's. Those that are here already, and those whose bytes are not
-    /// the id's, are dropped.
+    /// Keeps chunks that came along with something else (the head of a pack with the manifest),
+    /// counts them as the last tier's, and offers them to those before it. Those that are here
+    /// already, and those whose bytes are not the id's, are dropped.
     pub fn accept(&self, chunks: Vec<(ChunkId, Bytes)>) {
+        if let Some((tier, _)) = self.image.tiers.last() {
+            let name = tier.name().to_owned();
+            self.accept_from(&name, chunks);
+        }
+    }
+
+    /// [`ImageStore::accept`] of chunks that the tier `name` gave.
+    pub fn accept_from(&self, name: &str, chunks: Vec<(ChunkId, Bytes)>) {
         let Some(cache) = &self.image.host.cache else {
             return;
         };
+        let tiers = &self.image.tiers;
+        let from = tiers.iter().position(|(tier, _)| tier.name() == name);
         for (id, ciphertext) in chunks {
             if cache.contains(&id) || ChunkId::of(&ciphertext) != id {
                 continue;
             }
-            if let Some((_, stats)) = self.image.tiers.first() {
-                stats.delivered.add(ciphertext.len());
+            if let Some(from) = from {
+                tiers[from].1.delivered.add(ciphertext.len());
+                for (nearer, _) in &tiers[..from] {
+                    nearer.offer(&id, &ciphertext, Offer::Unasked);
+                }
             }
             cache.put(&id, ciphertext);
         }
@@ -278,6 +310,28 @@ impl ImageStore {
     fn own_patience(&self) -> Patience {
         Patience::of_store(&self.image.host.options)
     }
+}
+
+impl Image {
+    /// In whose name this image's readers fetch.
+    fn owner(&self) -> Owner {
+        Owner::Image {
+            number: self.number,
+            servers: self.servers.clone(),
+        }
+    }
+}
+
+/// What names the servers behind tiers; `None` when one does not tell.
+fn servers(tiers: &[Arc<dyn Tier>]) -> Option<Arc<str>> {
+    let mut names = String::new();
+    for tier in tiers {
+        names.push_str(tier.name());
+        names.push('\t');
+        names.push_str(tier.origin()?);
+        names.push('\n');
+    }
+    Some(names.into())
 }
 
 impl Host {

@@ -12,7 +12,7 @@ use parking_lot::Mutex;
 use tokio::sync::OwnedSemaphorePermit;
 
 use super::Image;
-use super::read::{Wanted, fetch};
+use super::read::{Patience, Wanted, fetch};
 use crate::flight::Owner;
 use crate::{ChunkRef, ChunkSpec};
 
@@ -28,6 +28,8 @@ const BATCH_CHUNKS: usize = 64;
 const LOOKS: usize = 256;
 /// Chunks that may wait: 32 GiB of an image, 5 MB of memory.
 const MAX_QUEUED: usize = 65_536;
+/// While reads in flight are slow, prefetch looks this often whether they still are.
+const YIELD: Duration = Duration::from_millis(200);
 /// The pause after a batch of which nothing came: a tier in trouble needs no prefetch.
 const PAUSE: Duration = Duration::from_secs(1);
 
@@ -96,6 +98,11 @@ async fn work(image: Arc<Image>, mounted: Weak<()>) {
         if mounted.strong_count() == 0 {
             return;
         }
+        if image.host.admission.overload(Instant::now()).is_some() {
+            drop(place);
+            tokio::time::sleep(YIELD).await;
+            continue;
+        }
         let Some(batch) = next_batch(&image) else {
             return;
         };
@@ -143,8 +150,8 @@ fn next_batch(image: &Image) -> Option<Vec<Wanted>> {
 }
 
 async fn send(image: Arc<Image>, batch: Vec<Wanted>, place: OwnedSemaphorePermit) {
-    let deadline = Instant::now() + image.host.options.fetch_deadline;
-    let fetched = fetch(&image, batch, deadline).await;
+    let patience = Patience::of_store(&image.host.options);
+    let fetched = fetch(&image, batch, patience).await;
     for len in &fetched.arrived {
         image.stats.prefetched.add(*len);
     }

@@ -12,7 +12,7 @@ use super::local::{Local, check_spec};
 use super::walk::{Progress, walk};
 use super::{Image, MAX_FETCH, StoreOptions};
 use crate::cache::Lookup;
-use crate::flight::{Owner, Ticket, Waiter};
+use crate::flight::{Ticket, Waiter};
 use crate::{ChunkRef, ChunkSpec, ReadError, TierFailure};
 use lazyimg_convergent::ChunkId;
 
@@ -22,7 +22,7 @@ type Outcome = Result<Bytes, ReadError>;
 const GRACE: Duration = Duration::from_millis(500);
 
 /// How long a reader waits, and how long a fetch may take that it begins.
-#[derive(Debug, Clone, Copy)]
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub struct Patience {
     /// Of the reader.
     pub wait: Duration,
@@ -144,7 +144,7 @@ pub async fn read_many(
             Local::Missing => Ok(image.join(spec, &mut led)),
         })
         .collect();
-    image.take_off(led, patience.fetch);
+    image.take_off(led, patience);
     let outcomes = places
         .into_iter()
         .zip(specs)
@@ -168,7 +168,7 @@ async fn fetched(
     check_spec(spec)?;
     let mut led = Vec::new();
     let waiter = image.join(spec, &mut led);
-    image.take_off(led, patience.fetch);
+    image.take_off(led, patience);
     landed(image, spec, waiter, begun, patience).await
 }
 
@@ -180,7 +180,7 @@ async fn landed(
     begun: Instant,
     patience: Patience,
 ) -> Outcome {
-    let us = Owner::Image(image.number);
+    let us = image.owner();
     loop {
         let left = patience.wait.saturating_sub(begun.elapsed());
         let Ok(outcome) = tokio::time::timeout(left, waiter.wait()).await else {
@@ -192,13 +192,13 @@ async fn landed(
         };
         match outcome {
             Some(Ok(bytes)) => return image.open_verified(spec, &bytes),
-            Some(Err(e)) if waiter.owner() == us => return Err(e),
+            Some(Err(e)) if waiter.owner().fails(&us, &e) => return Err(e),
             None => return Err(ReadError::Abandoned { id: *spec.id() }),
             // Another image's tiers or manifest, or prefetch: ours may do better.
             Some(Err(_)) => {
                 let mut led = Vec::new();
                 waiter = image.join(spec, &mut led);
-                image.take_off(led, patience.fetch);
+                image.take_off(led, patience);
             }
         }
     }
@@ -207,8 +207,7 @@ async fn landed(
 impl Image {
     /// Joins the flight of a chunk; a ticket to a new one goes to `led`.
     fn join(&self, spec: &ChunkSpec, led: &mut Vec<Wanted>) -> Waiter {
-        let owner = Owner::Image(self.number);
-        let (waiter, ticket) = self.host.flights.join(spec.id(), owner);
+        let (waiter, ticket) = self.host.flights.join(spec.id(), self.owner());
         match ticket {
             Some(ticket) => led.push(Wanted {
                 chunk: spec.chunk,
@@ -220,21 +219,6 @@ impl Image {
             }
         }
         waiter
-    }
-
-    /// Begins the fetch of what we lead, as a task of its own: no reader that goes away ends it.
-    /// It may take `longest`.
-    fn take_off(self: &Arc<Self>, led: Vec<Wanted>, longest: Duration) {
-        if led.is_empty() {
-            return;
-        }
-        let image = Arc::clone(self);
-        self.host.runtime.spawn(async move {
-            let deadline = Instant::now() + longest;
-            let fetched = fetch(&image, led, deadline).await;
-            let uncached = fetched.uncached.len() as u64;
-            image.stats.uncached.fetch_add(uncached, Relaxed);
-        });
     }
 
     fn counted(&self, outcome: Outcome) -> Outcome {
@@ -290,7 +274,7 @@ pub struct Fetched {
 }
 
 /// Brings chunks here and ends their flights.
-pub async fn fetch(image: &Image, wanted: Vec<Wanted>, deadline: Instant) -> Fetched {
+pub async fn fetch(image: &Image, wanted: Vec<Wanted>, patience: Patience) -> Fetched {
     let mut fetch = Fetch {
         image,
         wanted: Vec::with_capacity(wanted.len()),
@@ -308,7 +292,7 @@ pub async fn fetch(image: &Image, wanted: Vec<Wanted>, deadline: Instant) -> Fet
         }
     }
     let chunks: Vec<ChunkRef> = fetch.wanted.iter().map(|w| w.chunk).collect();
-    walk(image, &chunks, deadline, &mut fetch).await;
+    walk(image, &chunks, patience, &mut fetch).await;
     let mut result = Fetched {
         uncached: fetch.uncached,
         arrived: Vec::new(),

@@ -1,15 +1,14 @@
 //! Checking copies of chunks, for `lazyimg verify`.
 
-use std::time::Instant;
-
 use bytes::Bytes;
 use lazyimg_convergent::{ChunkId, chunk};
 
 use super::Image;
 use super::local::check_spec;
+use super::read::Patience;
 use super::walk::{Progress, walk};
 use crate::cache::Lookup;
-use crate::{ChunkRef, ChunkSpec, ReadError, TierFailure};
+use crate::{ChunkRef, ChunkSpec, Offer, ReadError, TierFailure};
 
 /// Which copies [`crate::ImageStore::verify`] looks at.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -64,8 +63,8 @@ pub async fn verify(image: &Image, specs: &[ChunkSpec], scope: VerifyScope) -> V
         }
         check.outcomes[index] = outcome;
     }
-    let deadline = Instant::now() + image.host.options.fetch_deadline;
-    walk(image, &chunks, deadline, &mut check).await;
+    let patience = Patience::of_store(&image.host.options);
+    walk(image, &chunks, patience, &mut check).await;
     let Check {
         outcomes, failures, ..
     } = check;
@@ -139,6 +138,10 @@ impl Progress for Check<'_> {
 
     fn failed(&mut self, index: usize, failure: TierFailure) {
         self.failures[self.asked[index]].push(failure);
+    }
+
+    fn offers(&self, why: Offer) -> bool {
+        why == Offer::WasWrong
     }
 }
 

@@ -5,6 +5,7 @@ mod crash;
 mod damage;
 mod full_disk;
 mod model;
+mod upkeep;
 
 use std::path::{Path, PathBuf};
 use std::time::Instant;

@@ -42,7 +42,7 @@ pub fn random() -> f64 {
 }
 
 /// Tokens that retries take and successes put back.
-pub struct RetryBudget {
+pub(crate) struct RetryBudget {
     state: Mutex<(f64, Instant)>,
 }
 
