@@ -5,6 +5,7 @@ use std::error::Error;
 use std::fs;
 use std::path::{Path, PathBuf};
 
+use lazyimg_chunkstore::wire::{FrameHead, FrameKind};
 use lazyimg_convergent::salt::DomainSecret;
 use lazyimg_convergent::{ChunkId, ChunkKey, Digest, Salt, TenantKey, chunk, payload, seal};
 use lazyimg_fuse::protocol::{Envelope, ErrorCode, Reply, Request, VerifyReport, WirePath};
@@ -19,6 +20,10 @@ use lazyimg_image::tree::Tree;
 #[allow(dead_code)]
 #[path = "../../chunkstore/src/cache/record.rs"]
 mod record;
+
+#[allow(dead_code)]
+#[path = "../../chunkstore/service/src/engine/embedded/record.rs"]
+mod store_record;
 
 struct Corpus(PathBuf);
 
@@ -40,6 +45,8 @@ fn main() -> Result<(), Box<dyn Error>> {
     layers(&corpus, tars)?;
     chunks(&corpus)?;
     records(&corpus)?;
+    store_records(&corpus)?;
+    store_frames(&corpus)?;
     messages(&corpus)?;
     documents(&corpus)?;
     answers(&corpus)
@@ -178,6 +185,62 @@ fn records(corpus: &Corpus) -> Result<(), Box<dyn Error>> {
     add("record-value", &record::record_value(&id))?;
     add("seal", &record::seal_value(4096, 3))?;
     add("name", record::segment_name(at.segment).as_bytes())
+}
+
+/// Records and index entries of the store.
+fn store_records(corpus: &Corpus) -> Result<(), Box<dyn Error>> {
+    let at = store_record::SegmentId { root: 2, number: 3 };
+    let body = b"chunk";
+    let record = store_record::Record {
+        id: ChunkId::of(body),
+        len: 5,
+        body_crc: crc32c::crc32c(body),
+    };
+    let place = [
+        &at.root.to_le_bytes()[..],
+        &at.number.to_le_bytes(),
+        &32u64.to_le_bytes(),
+    ]
+    .concat();
+    let add =
+        |name: &str, bytes: &[u8]| corpus.add("store_record", name, [&place[..], bytes].concat());
+    let header = |offset| store_record::record_header(at, offset, &record);
+    add("record", &[&header(32)[..], body].concat())?;
+    add(
+        "behind-garbage",
+        &[&b"LZSR garbage"[..], &header(44), body].concat(),
+    )?;
+    add("segment", &store_record::segment_header(at))?;
+    let place = store_record::Location {
+        segment: 3,
+        offset: 32,
+        len: 5,
+    };
+    add("location", &store_record::location_value(place))?;
+    add("chunk-key", &store_record::chunk_key(2, &record.id))?;
+    add("tail-key", &store_record::tail_key(at))?;
+    add("tail", &store_record::tail_value(89))?;
+    add("name", store_record::segment_name(at.number).as_bytes())
+}
+
+/// Answers of a store to a request for chunks.
+fn store_frames(corpus: &Corpus) -> Result<(), Box<dyn Error>> {
+    let frame = |kind, bytes: &[u8]| {
+        let len = bytes.len() as u32;
+        [&FrameHead { kind, len }.to_bytes()[..], bytes].concat()
+    };
+    let end = frame(FrameKind::End, &[]);
+    let all = [
+        frame(FrameKind::Chunk, b"ciphertext"),
+        frame(FrameKind::Missing, &[]),
+        frame(FrameKind::Yours, &[]),
+        frame(FrameKind::Coming, &[]),
+        frame(FrameKind::Failed, &[]),
+    ]
+    .concat();
+    corpus.add("store_frames", "none", [&[0, 0], &end[..]].concat())?;
+    corpus.add("store_frames", "all", [&[5, 6], &all[..], &end].concat())?;
+    corpus.add("store_frames", "cut-off", [&[5, 200], &all[..]].concat())
 }
 
 /// Lines of the control protocol.

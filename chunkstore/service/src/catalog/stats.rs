@@ -1,0 +1,115 @@
+//! What the store holds, counted on demand.
+
+use std::collections::BTreeSet;
+
+use crate::engine::RootId;
+
+use super::images::parse_name;
+use super::names;
+use super::types::{RootStats, Stats, TenantName, TenantStats};
+use super::{Catalog, CatalogError, MAX_COUNTED};
+
+/// Chunks or documents that are listed at once.
+const PAGE: usize = 1000;
+
+impl Catalog {
+    /// What the store holds. It lists every chunk, up to a bound: for people who ask, not for a
+    /// scrape.
+    ///
+    /// # Errors
+    /// [`CatalogError::Engine`], [`CatalogError::Damaged`].
+    pub async fn stats(&self) -> Result<Stats, CatalogError> {
+        let view = self.fresh_view().await?;
+        let mut roots = Vec::new();
+        let mut tenants = BTreeSet::new();
+        for root in view.all() {
+            let mut stats = RootStats {
+                info: self.root_info(root).await?,
+                chunks: 0,
+                chunk_bytes: 0,
+                counted_all: true,
+                images: 0,
+            };
+            self.count_chunks(root.id, &mut stats).await?;
+            self.count_images(root.id, &mut stats).await?;
+            roots.push(stats);
+        }
+        for root in view.living() {
+            self.tenants_of(root, &mut tenants).await?;
+        }
+        tenants.extend(self.usage.tenants());
+        let mut used = Vec::new();
+        for tenant in tenants {
+            let bytes = self.used_bytes(&view, &tenant).await?;
+            used.push(TenantStats { tenant, bytes });
+        }
+        Ok(Stats {
+            engine: self.engine.name().to_owned(),
+            engine_bytes: self.engine.used_bytes().await?,
+            roots,
+            tenants: used,
+        })
+    }
+
+    async fn count_chunks(&self, root: RootId, stats: &mut RootStats) -> Result<(), CatalogError> {
+        let mut after = None;
+        loop {
+            let page = self.engine.list_chunks(root, after.as_ref(), PAGE).await?;
+            stats.chunks += page.len() as u64;
+            stats.chunk_bytes += page.iter().map(|(_, len)| u64::from(*len)).sum::<u64>();
+            if page.len() < PAGE {
+                return Ok(());
+            }
+            if stats.chunks >= MAX_COUNTED {
+                stats.counted_all = false;
+                return Ok(());
+            }
+            after = page.last().map(|(id, _)| *id);
+        }
+    }
+
+    async fn count_images(&self, root: RootId, stats: &mut RootStats) -> Result<(), CatalogError> {
+        let prefix = names::manifests(root);
+        let mut after: Option<String> = None;
+        let mut last = None;
+        loop {
+            let page = self
+                .engine
+                .list_docs(&prefix, after.as_deref(), PAGE)
+                .await?;
+            for name in &page {
+                let name = parse_name(name.clone())?;
+                let image = Some((name.tenant, name.image));
+                if image != last {
+                    stats.images += 1;
+                    last = image;
+                }
+            }
+            if page.len() < PAGE {
+                return Ok(());
+            }
+            if stats.images >= MAX_COUNTED {
+                stats.counted_all = false;
+                return Ok(());
+            }
+            after = page.last().cloned();
+        }
+    }
+
+    async fn tenants_of(
+        &self,
+        root: RootId,
+        tenants: &mut BTreeSet<TenantName>,
+    ) -> Result<(), CatalogError> {
+        let prefix = names::usages(root);
+        for name in self.all_docs(&prefix).await? {
+            let tenant = name[prefix.len()..].split('/').next().unwrap_or_default();
+            let tenant = tenant.parse().map_err(|_| CatalogError::Damaged {
+                name: name.clone(),
+                why: "it is of no tenant".to_owned(),
+            })?;
+            tenants.insert(tenant);
+        }
+        Ok(())
+    }
+}

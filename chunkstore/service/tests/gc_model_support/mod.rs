@@ -1,0 +1,4 @@
+pub mod images;
+pub mod mortal;
+pub mod turns;
+pub mod world;
