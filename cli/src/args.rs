@@ -1,12 +1,23 @@
 //! What can be said on the command line. Every long flag is also an environment variable and a key
 //! of the configuration file: see [`crate::config`].
 
+mod region;
+mod store;
+mod upkeep;
+
 use std::path::PathBuf;
 
 use clap::{Args, Parser, Subcommand};
 use lazyimg_convergent::salt::MAX_DOMAIN_LEN;
 use lazyimg_image::platform::Platform;
 use lazyimg_image::reference::ImageRef;
+
+pub use region::Region;
+pub use store::{
+    LogForm, StoreAcknowledge, StoreAct, StoreAddress, StoreCommand, StoreGc, StoreQuery,
+    StoreServe, StoreToken, StoreUpkeep,
+};
+pub use upkeep::{CacheCommand, CacheStat, CacheTrim, CacheUpkeep, CacheVerify};
 
 /// Starts any container image in the time its first bytes need.
 ///
@@ -68,6 +79,8 @@ pub enum Command {
     Umount(Umount),
     /// Show the mounts of this cache: what was fetched, what hit the cache, what failed.
     Status(Status),
+    /// Look at the host cache, make it smaller, check it.
+    Cache(CacheUpkeep),
     /// Show what an image is made of, and what it shares with another.
     Inspect(Inspect),
     /// Check every chunk of an image or a mount: its id and its plaintext.
@@ -76,6 +89,8 @@ pub enum Command {
     Export(Export),
     /// Seal an image's keys under another tenant key; no chunk is touched.
     RotateKey(RotateKey),
+    /// Run a regional store, or look after one.
+    Store(StoreUpkeep),
     /// Show what this host can do and which path will be used.
     Doctor(Doctor),
     /// The process behind the mounts of one cache; started by `mount`.
@@ -134,6 +149,7 @@ Examples:
   lazyimg convert 127.0.0.1:5000/app:v1
   lazyimg convert oci:/srv/images/app:v1
   lazyimg convert registry.example/app:v1 --platform linux/arm64 --key-command 'kms-get lazyimg'
+  lazyimg convert registry.example/app:v1 --store https://store.region:7070 --store-token-file tenant.token
 
 The artifact is listed as a referrer of the image and tagged TAG-lazyimg. Converting an image again
 uploads nothing; images with common layers share what those layers contribute.")]
@@ -150,6 +166,9 @@ pub struct Convert {
     #[command(flatten)]
     /// Under which salt.
     pub salt: Salt,
+    #[command(flatten)]
+    /// Where its chunks go besides the registry.
+    pub region: Region,
     /// Don't tag the artifact TAG-lazyimg. Mounting takes two round trips more.
     #[arg(long)]
     pub no_tag: bool,
@@ -264,6 +283,7 @@ Examples:
   lazyimg mount 127.0.0.1:5000/app:v1 /mnt/app
   lazyimg mount oci:/srv/images/app:v1 ./app --foreground
   lazyimg mount registry.example/app@sha256:… /mnt/app --read-timeout 10
+  lazyimg mount registry.example/app:v1 /mnt/app --store https://store.region:7070 --store-only
 
 Mounts are read-only, nosuid and nodev. Without root they go through fusermount3.")]
 pub struct Mount {
@@ -282,6 +302,12 @@ pub struct Mount {
     #[command(flatten)]
     /// The host cache.
     pub cache: Cache,
+    #[command(flatten)]
+    /// Where its chunks come from before the registry.
+    pub region: Region,
+    /// Don't bring chunks that came from the registry into the store.
+    #[arg(long)]
+    pub no_write_back: bool,
     /// Stay in the foreground until it is unmounted or a signal comes.
     #[arg(long)]
     pub foreground: bool,

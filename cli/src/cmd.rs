@@ -1,5 +1,6 @@
 //! One module a command.
 
+mod cache;
 mod convert;
 mod daemon;
 mod doctor;
@@ -9,6 +10,7 @@ mod mount;
 mod opened;
 mod rotate_key;
 mod status;
+mod store;
 mod umount;
 mod verify;
 
@@ -16,7 +18,7 @@ use std::future::Future;
 
 use lazyimg_image::source::{Repository, SourceOptions};
 
-use crate::args::{Cli, Command, Source};
+use crate::args::{Cli, Command, Source, StoreCommand};
 use crate::exit::Error;
 
 /// Runs the command.
@@ -25,7 +27,12 @@ use crate::exit::Error;
 /// Whatever ends it; [`crate::exit`] tells it.
 pub fn run(cli: Cli) -> Result<(), Error> {
     let global = cli.global;
-    if !matches!(cli.command, Command::Daemon(_)) {
+    let own_log = match &cli.command {
+        Command::Daemon(_) => true,
+        Command::Store(args) => matches!(args.command, StoreCommand::Serve(_)),
+        _ => false,
+    };
+    if !own_log {
         log_to_stderr(&global);
     }
     match cli.command {
@@ -33,10 +40,12 @@ pub fn run(cli: Cli) -> Result<(), Error> {
         Command::Mount(args) => mount::run(&global, &args),
         Command::Umount(args) => umount::run(&global, &args),
         Command::Status(args) => status::run(&args),
+        Command::Cache(args) => cache::run(&global, &args),
         Command::Inspect(args) => inspect::run(&global, &args),
         Command::Verify(args) => verify::run(&global, &args),
         Command::Export(args) => export::run(&global, &args),
         Command::RotateKey(args) => rotate_key::run(&global, &args),
+        Command::Store(args) => store::run(&global, &args),
         Command::Doctor(args) => doctor::run(&args),
         Command::Daemon(args) => daemon::run(&args),
     }

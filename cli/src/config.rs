@@ -11,11 +11,17 @@ use std::path::{Path, PathBuf};
 
 use clap::builder::FalseyValueParser;
 use clap::{Arg, ArgAction, Command, CommandFactory};
+use lazyimg_store::engine::config::EngineSettings;
 
 use crate::args::Cli;
 
 /// Flags that make no sense as a standing setting.
-const NOT_SETTABLE: &[&str] = &["config", "help", "version", "all", "with"];
+const NOT_SETTABLE: &[&str] = &[
+    "config", "help", "version", "all", "with", "to", "out", "dry-run",
+];
+
+/// The table of settings of a store's engine, which are no flags.
+const ENGINE: &str = "engine";
 
 /// The largest configuration file that is read, in bytes.
 const MAX_CONFIG_LEN: u64 = 1 << 20;
@@ -85,6 +91,30 @@ pub fn command_with_defaults() -> Result<(Command, Option<PathBuf>), ConfigError
     Ok((apply(command, &settings), Some(path)))
 }
 
+/// The settings of a store's engine, where the configuration file has them.
+///
+/// # Errors
+/// A configuration file that exists and can't be used.
+pub fn engine() -> Result<Option<EngineSettings>, ConfigError> {
+    let Some((path, wanted)) = find_file() else {
+        return Ok(None);
+    };
+    engine_in(&path, &read_text(&path, wanted)?)
+}
+
+fn engine_in(path: &Path, text: &str) -> Result<Option<EngineSettings>, ConfigError> {
+    #[derive(serde::Deserialize)]
+    struct Document {
+        engine: Option<EngineSettings>,
+    }
+    let document: Result<Document, _> = toml::from_str(text);
+    let document = document.map_err(|e| ConfigError::Syntax {
+        path: path.to_owned(),
+        cause: Box::new(e),
+    })?;
+    Ok(document.engine)
+}
+
 /// The file, and whether the user asked for it by name.
 fn find_file() -> Option<(PathBuf, bool)> {
     let mut args = std::env::args_os().skip(1);
@@ -132,19 +162,24 @@ fn xdg(variable: &str, under_home: &str) -> Option<PathBuf> {
 type Settings = Vec<(String, String)>;
 
 fn read(path: &Path, wanted: bool) -> Result<Settings, ConfigError> {
+    parse(path, &read_text(path, wanted)?)
+}
+
+/// The file's text; of one that need not be there, nothing.
+fn read_text(path: &Path, wanted: bool) -> Result<String, ConfigError> {
     let io = |cause| ConfigError::Io {
         path: path.to_owned(),
         cause,
     };
     match std::fs::metadata(path) {
-        Err(e) if e.kind() == std::io::ErrorKind::NotFound && !wanted => return Ok(Vec::new()),
+        Err(e) if e.kind() == std::io::ErrorKind::NotFound && !wanted => return Ok(String::new()),
         Err(e) => return Err(io(e)),
         Ok(meta) if meta.len() > MAX_CONFIG_LEN => {
             return Err(io(std::io::Error::other("larger than 1 MiB")));
         }
         Ok(_) => {}
     }
-    parse(path, &std::fs::read_to_string(path).map_err(io)?)
+    std::fs::read_to_string(path).map_err(io)
 }
 
 fn parse(path: &Path, text: &str) -> Result<Settings, ConfigError> {
@@ -155,6 +190,10 @@ fn parse(path: &Path, text: &str) -> Result<Settings, ConfigError> {
     let command = Cli::command();
     let mut settings = Settings::new();
     for (key, value) in table {
+        // Only `lazyimg store serve` asks what is in it: see `engine`.
+        if key == ENGINE && value.is_table() {
+            continue;
+        }
         let arg = find(&command, &key).filter(|_| !NOT_SETTABLE.contains(&key.as_str()));
         let Some(arg) = arg else {
             return Err(ConfigError::UnknownKey {
@@ -314,6 +353,18 @@ pub(crate) mod tests {
             assert!(!error.contains("--"), "no flag was given: {error}");
         }
         assert!(parse(Path::new("c.toml"), "verbose = 2\nlevel = 3\nquiet = false").is_ok());
+    }
+
+    #[test]
+    fn a_stores_engine_has_a_table_of_its_own() {
+        let path = Path::new("c.toml");
+        let text = "listen = \"127.0.0.1:0\"\n[engine.s3]\nbucket = \"b\"\nregion = \"r\"\n";
+        assert_eq!(parse(path, text).unwrap().len(), 1);
+        let engine = engine_in(path, text).unwrap().unwrap();
+        assert_eq!(engine.s3.unwrap().bucket, "b");
+        assert!(engine_in(path, "").unwrap().is_none());
+        let error = engine_in(path, "[engine.s4]\nbucket = \"b\"").unwrap_err();
+        assert!(error.to_string().contains("s4"), "{error}");
     }
 
     #[test]

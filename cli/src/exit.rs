@@ -3,6 +3,7 @@
 use std::io::Write;
 use std::process::ExitCode;
 
+use lazyimg_chunkstore::remote::{StoreError, StoreErrorCode};
 use lazyimg_chunkstore::{FetchError, ReadError};
 use lazyimg_convergent::provider::ProviderError;
 use lazyimg_fuse::client::ClientError;
@@ -34,6 +35,9 @@ pub enum Error {
     /// A chunk that can't be read.
     #[error(transparent)]
     Chunk(#[from] ReadError),
+    /// A regional store.
+    #[error(transparent)]
+    Region(#[from] StoreError),
     /// A mount, or its daemon.
     #[error(transparent)]
     Client(#[from] ClientError),
@@ -57,6 +61,12 @@ pub enum Error {
     /// `verify` could not check everything.
     #[error("{0}")]
     Unreachable(String),
+    /// A store knows no such thing.
+    #[error("{0}")]
+    Missing(String),
+    /// A store does not take these credentials, or there are none.
+    #[error("{0}")]
+    Credentials(String),
     /// Several, each told; the first one's exit code counts.
     #[error("{}", all(.0))]
     Several(Vec<Error>),
@@ -82,10 +92,13 @@ fn code(error: &Error) -> u8 {
         Error::Convert(e) => class_code(e.class()),
         Error::Artifact(e) => class_code(e.class()),
         Error::Chunk(e) => chunk_code(e),
+        Error::Region(e) => region_code(e),
         Error::Client(e) => client_code(e),
         Error::Several(all) => all.first().map_or(1, code),
         Error::Damaged(_) => 6,
         Error::Unreachable(_) => 5,
+        Error::Missing(_) => 3,
+        Error::Credentials(_) => 4,
         Error::Daemon(DaemonError::Mount { code, .. }) => refusal_code(*code),
         Error::Daemon(_) | Error::Io { .. } | Error::Other(_) => 1,
     }
@@ -110,6 +123,20 @@ fn chunk_code(error: &ReadError) -> u8 {
     class_code(class)
 }
 
+fn region_code(error: &StoreError) -> u8 {
+    use StoreErrorCode::{Forbidden, NotFound, Quota, Unauthorized};
+    let class = match (error, error.code()) {
+        (StoreError::Setup(_), _) => return 2,
+        (StoreError::Token { .. }, _) | (_, Some(Unauthorized | Forbidden | Quota)) => {
+            FailureClass::Key
+        }
+        (_, Some(NotFound)) => FailureClass::NotFound,
+        _ if error.is_passing() => FailureClass::Unreachable,
+        _ => FailureClass::Other,
+    };
+    class_code(class)
+}
+
 fn client_code(error: &ClientError) -> u8 {
     match error {
         ClientError::Request(_) => 2,
@@ -123,7 +150,7 @@ fn refusal_code(code: ErrorCode) -> u8 {
         ErrorCode::BadRequest => 2,
         ErrorCode::NotFound => 3,
         ErrorCode::Key => 4,
-        ErrorCode::Unreachable => 5,
+        ErrorCode::Unreachable | ErrorCode::Overloaded => 5,
         ErrorCode::Damaged => 6,
         _ => 1,
     }

@@ -64,7 +64,11 @@ pub fn settle(cli: &mut Cli, given: &ArgMatches, file: Option<&Path>) -> Result<
             )
         }
         Command::Umount(c) => pairs.one_of(("lazy", &mut c.lazy), ("force", &mut c.force)),
-        Command::Status(_) | Command::Inspect(_) | Command::Daemon(_) => Ok(()),
+        Command::Status(_)
+        | Command::Inspect(_)
+        | Command::Cache(_)
+        | Command::Store(_)
+        | Command::Daemon(_) => Ok(()),
     }
 }
 

@@ -28,7 +28,7 @@ const TAG_LEN: usize = 16;
 pub const OVERHEAD: usize = HEADER_LEN + TAG_LEN;
 
 /// A public name of a tenant key (8 bytes), so that an error can say which key is missing.
-#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Debug)]
 pub struct KeyId(pub [u8; 8]);
 
 impl std::fmt::Display for KeyId {

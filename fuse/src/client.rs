@@ -9,6 +9,7 @@ use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
 
+use lazyimg_chunkstore::{CacheStats, Scrubbed};
 use lazyimg_convergent::Digest;
 use lazyimg_image::reference::ImageRef;
 
@@ -214,6 +215,31 @@ impl Client {
         let dir = WirePath(mountpoint::resolve(dir)?);
         match self.ask(&Request::Verify { dir, tiers }, false, progress)? {
             Reply::Verified(report) => Ok(report),
+            other => Err(unexpected(&other)),
+        }
+    }
+
+    /// Has the daemon give up chunks until its host cache uses at most `bytes` of disk.
+    ///
+    /// # Errors
+    /// See [`ClientError`]; [`ClientError::NoDaemon`] when there is none, and the cache is free.
+    pub fn cache_trim(&self, bytes: u64) -> Result<CacheStats, ClientError> {
+        match self.ask(&Request::CacheTrim { bytes }, false, &mut |_, _| {})? {
+            Reply::Cache(stats) => Ok(stats),
+            other => Err(unexpected(&other)),
+        }
+    }
+
+    /// Has the daemon check every chunk in its host cache. `progress` hears bytes read and in all.
+    ///
+    /// # Errors
+    /// As [`Client::cache_trim`].
+    pub fn cache_verify(
+        &self,
+        progress: &mut dyn FnMut(u64, u64),
+    ) -> Result<Scrubbed, ClientError> {
+        match self.ask(&Request::CacheVerify, false, progress)? {
+            Reply::Scrubbed(scrubbed) => Ok(scrubbed),
             other => Err(unexpected(&other)),
         }
     }

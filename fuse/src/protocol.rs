@@ -1,13 +1,14 @@
 //! What client and daemon say to each other: JSON, one message a line. `docs/control.md` has it in
 //! prose.
 
+mod path;
+#[cfg(test)]
+mod tests;
+
 use std::collections::BTreeMap;
-use std::ffi::OsString;
-use std::os::unix::ffi::{OsStrExt, OsStringExt};
-use std::path::{Path, PathBuf};
 use std::time::Duration;
 
-use lazyimg_chunkstore::{CacheStats, StatsSnapshot};
+use lazyimg_chunkstore::{CacheStats, Scrubbed, StatsSnapshot};
 use lazyimg_convergent::Digest;
 use lazyimg_convergent::provider::Provider;
 use lazyimg_image::credentials::{CredentialPlaces, HELPER_VARIABLES};
@@ -16,6 +17,8 @@ use serde::{Deserialize, Serialize};
 use crate::mount::MountFlags;
 use crate::mountpoint::Unmount;
 use crate::tree::{MAX_READ_TIMEOUT, TreeOptions};
+
+pub use path::WirePath;
 
 /// Version of the protocol. It changes when an old peer would misunderstand; new fields do not.
 pub const VERSION: u32 = 1;
@@ -78,6 +81,14 @@ pub enum Request {
         /// Check the copies in the tiers, not those in the host cache.
         tiers: bool,
     },
+    /// Give up the least useful chunks of the host cache. Answer: [`Reply::Cache`].
+    CacheTrim {
+        /// Bytes of disk that it may use afterwards.
+        bytes: u64,
+    },
+    /// Check every chunk in the host cache. Answer: [`Reply::Scrubbed`], with [`Reply::Working`]
+    /// before it.
+    CacheVerify,
     /// Unmount everything and end. Answer: [`Reply::Stopping`].
     Stop,
 }
@@ -118,6 +129,10 @@ pub enum Reply {
     Status(Box<StatusReport>),
     /// To [`Request::Verify`].
     Verified(VerifyReport),
+    /// To [`Request::CacheTrim`]: what the cache is like now.
+    Cache(CacheStats),
+    /// To [`Request::CacheVerify`].
+    Scrubbed(Scrubbed),
     /// To [`Request::Stop`].
     Stopping,
     /// It did not work.
@@ -153,6 +168,8 @@ pub enum ErrorCode {
     Key,
     /// The registry can't be reached or is in trouble.
     Unreachable,
+    /// Reads in flight are slow: mounts that run go first. Try again later.
+    Overloaded,
     /// The image's manifest or metadata is not what it should be.
     Damaged,
     /// The image can't be opened for another reason.
@@ -212,7 +229,7 @@ impl KeySource {
 }
 
 /// How an image is fetched.
-#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, Default, PartialEq, Eq, Hash, Serialize, Deserialize)]
 #[serde(default)]
 pub struct SourceSettings {
     /// `os/architecture[/variant]`; the host's when absent.
@@ -223,10 +240,28 @@ pub struct SourceSettings {
     pub docker_config: Option<WirePath>,
     /// Where the client found that credentials are; `docker_config` is not looked at then.
     pub credentials: Option<CredentialSettings>,
+    /// The regional store to read through; none when absent.
+    pub store: Option<StoreSettings>,
+}
+
+/// A regional store, and how a mount uses it.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[serde(default)]
+pub struct StoreSettings {
+    /// Its instances, `http(s)://host:port` each, or one `dns+http(s)://name:port`.
+    pub urls: Vec<String>,
+    /// File with the tenant's token, absolute.
+    pub token_file: Option<WirePath>,
+    /// File with certificates to trust besides the system's, absolute.
+    pub ca_file: Option<WirePath>,
+    /// Never ask the registry.
+    pub only: bool,
+    /// Don't bring what came from the registry into the store.
+    pub no_write_back: bool,
 }
 
 /// Where whoever mounts has credentials: the places, never a secret.
-#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, Default, PartialEq, Eq, Hash, Serialize, Deserialize)]
 #[serde(default)]
 pub struct CredentialSettings {
     /// Credential files, absolute, in the order in which they are asked. They need not exist.
@@ -325,6 +360,22 @@ pub struct StatusReport {
     pub cache: Option<CacheStats>,
     /// The mounts, oldest first.
     pub mounts: Vec<MountStatus>,
+    /// What the mounts have in common.
+    #[serde(default)]
+    pub resident: Resident,
+}
+
+/// Chunks of all mounts in the host cache, which keeps one copy of each.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Resident {
+    /// Chunks, counted once for every image that has them.
+    pub named_chunks: u64,
+    /// Their ciphertext in bytes.
+    pub named_bytes: u64,
+    /// Chunks, counted once.
+    pub chunks: u64,
+    /// Their ciphertext in bytes.
+    pub bytes: u64,
 }
 
 /// A mount.
@@ -387,202 +438,3 @@ pub struct VerifyReport {
 
 /// Failures that a [`VerifyReport`] lists: enough to see a pattern.
 pub const MAX_FAILURES: usize = 20;
-
-/// A path in JSON: a string, or `{"hex": "…"}` when it is not UTF-8.
-#[derive(Debug, Clone, PartialEq, Eq, Hash, PartialOrd, Ord)]
-pub struct WirePath(pub PathBuf);
-
-impl From<&Path> for WirePath {
-    fn from(path: &Path) -> Self {
-        Self(path.to_owned())
-    }
-}
-
-#[derive(Serialize, Deserialize)]
-#[serde(untagged)]
-enum PathForm {
-    Text(String),
-    Hex { hex: String },
-}
-
-impl Serialize for WirePath {
-    fn serialize<S: serde::Serializer>(&self, s: S) -> Result<S::Ok, S::Error> {
-        let form = match self.0.to_str() {
-            Some(text) => PathForm::Text(text.to_owned()),
-            None => {
-                let bytes = self.0.as_os_str().as_bytes();
-                PathForm::Hex {
-                    hex: bytes.iter().map(|b| format!("{b:02x}")).collect(),
-                }
-            }
-        };
-        form.serialize(s)
-    }
-}
-
-impl<'de> Deserialize<'de> for WirePath {
-    fn deserialize<D: serde::Deserializer<'de>>(d: D) -> Result<Self, D::Error> {
-        use serde::de::Error;
-        let bytes = match PathForm::deserialize(d)? {
-            PathForm::Text(text) => text.into_bytes(),
-            PathForm::Hex { hex } => {
-                let pair =
-                    |pair: &[u8]| u8::from_str_radix(std::str::from_utf8(pair).ok()?, 16).ok();
-                // `from_str_radix` would take a sign.
-                if hex.len() % 2 != 0 || !hex.bytes().all(|b| b.is_ascii_hexdigit()) {
-                    return Err(D::Error::custom(
-                        "a path in hex is made of pairs of hex digits",
-                    ));
-                }
-                hex.as_bytes()
-                    .chunks(2)
-                    .map(pair)
-                    .collect::<Option<Vec<u8>>>()
-                    .ok_or_else(|| D::Error::custom("a path in hex has a digit that is none"))?
-            }
-        };
-        if bytes.contains(&0) {
-            return Err(D::Error::custom("a path has a zero byte"));
-        }
-        Ok(Self(PathBuf::from(OsString::from_vec(bytes))))
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    fn mount_request() -> MountRequest {
-        MountRequest {
-            image: "127.0.0.1:5000/x:v1".into(),
-            dir: WirePath(PathBuf::from(OsString::from_vec(b"/mnt/\xff".to_vec()))),
-            namespace: "mnt:[1]".into(),
-            key: KeySource::File(WirePath("/k".into())),
-            source: SourceSettings {
-                credentials: Some(CredentialSettings {
-                    files: vec![WirePath("/run/user/0/containers/auth.json".into())],
-                    helper_env: BTreeMap::from([("PATH".into(), WirePath("/a:/b".into()))]),
-                }),
-                ..SourceSettings::default()
-            },
-            cache: CacheSettings {
-                cache_bytes: Some(1),
-                hot_bytes: None,
-            },
-            flags: MountFlags::default(),
-            tree: TreeSettings::default(),
-        }
-    }
-
-    #[test]
-    fn every_message_survives_its_line() {
-        let requests = [
-            Request::Ping,
-            Request::Mount(Box::new(mount_request())),
-            Request::Umount {
-                dir: WirePath("/a".into()),
-                how: Unmount::Lazy,
-                namespace: "n".into(),
-            },
-            Request::Status,
-            Request::Verify {
-                dir: WirePath("/a".into()),
-                tiers: true,
-            },
-            Request::Stop,
-        ];
-        for request in requests {
-            let line = serde_json::to_string(&Envelope::new(request.clone())).unwrap();
-            assert!(!line.contains('\n'));
-            assert_eq!(
-                serde_json::from_str::<Envelope<Request>>(&line)
-                    .unwrap()
-                    .message,
-                request,
-                "{line}"
-            );
-        }
-        let replies = [
-            Reply::Working { done: 1, total: 0 },
-            Reply::Mounted {
-                digest: Digest::of(b"x"),
-                dir: WirePath("/a".into()),
-                note: None,
-            },
-            Reply::Verified(VerifyReport::default()),
-            Reply::Error {
-                code: ErrorCode::NotMounted,
-                message: "a\nb".into(),
-            },
-        ];
-        for reply in replies {
-            let line = serde_json::to_string(&Envelope::new(reply.clone())).unwrap();
-            assert!(!line.contains('\n'));
-            assert_eq!(
-                serde_json::from_str::<Envelope<Reply>>(&line)
-                    .unwrap()
-                    .message,
-                reply,
-                "{line}"
-            );
-        }
-    }
-
-    #[test]
-    fn a_request_may_leave_out_what_has_a_default_and_may_say_more() {
-        let line = r#"{"v":1,"op":"mount","image":"x","dir":"/m","namespace":"n","key":{"command":"k"},"news":1}"#;
-        let Request::Mount(request) = serde_json::from_str::<Envelope<Request>>(line)
-            .unwrap()
-            .message
-        else {
-            panic!("not a mount");
-        };
-        assert_eq!(request.tree, TreeSettings::default());
-        assert_eq!(request.key, KeySource::Command("k".into()));
-        assert_eq!(request.source.credentials, None);
-        assert_eq!(request.cache, CacheSettings::default());
-        let old =
-            r#"{"v":1,"reply":"verified","good":1,"healed":0,"cached":1,"bad":0,"failures":[]}"#;
-        let reply = serde_json::from_str::<Envelope<Reply>>(old)
-            .unwrap()
-            .message;
-        assert!(matches!(reply, Reply::Verified(report) if report.unreachable == 0));
-    }
-
-    #[test]
-    fn credentials_arrive_as_they_were_sent_but_for_variables_that_helpers_do_not_need() {
-        let places = CredentialPlaces {
-            files: vec!["/a".into(), "/b".into()],
-            helper_env: Some(vec![
-                ("HOME".into(), "/h".into()),
-                ("PATH".into(), "/p".into()),
-            ]),
-        };
-        let mut settings = CredentialSettings::from(places.clone());
-        let preload = WirePath("/evil.so".into());
-        settings.helper_env.insert("LD_PRELOAD".into(), preload);
-        assert_eq!(CredentialPlaces::from(settings), places);
-    }
-
-    #[test]
-    fn a_read_timeout_from_a_stranger_is_bounded() {
-        let mut settings = TreeSettings::default();
-        for (asked, given) in [(0, Duration::from_millis(1)), (u64::MAX, MAX_READ_TIMEOUT)] {
-            settings.read_timeout_ms = asked;
-            assert_eq!(TreeOptions::from(&settings).read_timeout, given);
-        }
-    }
-
-    #[test]
-    fn paths_that_are_no_paths_are_refused() {
-        for path in [
-            r#"{"hex":"abc"}"#,
-            r#"{"hex":"zz"}"#,
-            r#"{"hex":"+1"}"#,
-            "\"a\\u0000b\"",
-            r#"{"hex":"é"}"#,
-        ] {
-            assert!(serde_json::from_str::<WirePath>(path).is_err(), "{path}");
-        }
-    }
-}

@@ -15,7 +15,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::source::{Descriptor, SourceError};
 
-pub use open::{Opened, find, find_all, open, read_manifest};
+pub use open::{Opened, find, find_all, open, open_manifest, read_manifest};
 pub use push::{PushEvent, Pushed, delete, push, reseal};
 
 /// `artifactType` of a converted image.

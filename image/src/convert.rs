@@ -126,6 +126,43 @@ pub struct Form {
     pub inodes: u64,
 }
 
+/// A chunk in [`Form::spool`].
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct SpooledChunk {
+    /// SHA-256 of the ciphertext.
+    pub id: lazyimg_convergent::ChunkId,
+    /// Where the ciphertext begins in the spool, in bytes.
+    pub at: u64,
+    /// Its length in bytes.
+    pub len: u32,
+}
+
+impl Form {
+    /// Every chunk once, in the order of the packs: for stores that go by id.
+    pub fn chunks(&self) -> Vec<SpooledChunk> {
+        // Pieces are in the order of their pack and begin where the one before ends.
+        let mut at: std::collections::HashMap<(u32, u64), u64> = std::collections::HashMap::new();
+        for (pack, pieces) in (0_u32..).zip(&self.pieces) {
+            let mut offset = 0;
+            for (spooled, len) in &pieces.pieces {
+                at.insert((pack, offset), *spooled);
+                offset += u64::from(*len);
+            }
+        }
+        let mut seen = std::collections::HashSet::new();
+        let stored = self.manifest.stored().filter(|s| seen.insert(s.id));
+        let mut chunks: Vec<_> = stored
+            .filter_map(|s| {
+                let at = *at.get(&(s.pack, s.offset))?;
+                let (id, len) = (s.id, s.len);
+                Some(((s.pack, s.offset), SpooledChunk { id, at, len }))
+            })
+            .collect();
+        chunks.sort_unstable_by_key(|(place, _)| *place);
+        chunks.into_iter().map(|(_, chunk)| chunk).collect()
+    }
+}
+
 /// Converts an image. Blocking; call it from a thread of its own.
 ///
 /// `open_layer` gives the compressed bytes of a layer.

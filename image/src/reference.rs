@@ -96,6 +96,18 @@ impl From<&ManifestRef> for ManifestRef {
     }
 }
 
+impl RegistryRef {
+    /// What a regional store knows the image by: the full reference and the platform, since a tag may
+    /// stand for an image of each. `platform` is `os/architecture[/variant]`.
+    pub fn store_name(&self, platform: &str) -> String {
+        let (registry, repository) = (&self.registry, &self.repository);
+        match self.target() {
+            ManifestRef::Digest(digest) => format!("{registry}/{repository}@{digest}#{platform}"),
+            target => format!("{registry}/{repository}:{target}#{platform}"),
+        }
+    }
+}
+
 impl fmt::Display for ManifestRef {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
@@ -457,5 +469,19 @@ mod tests {
                 prop_assert_eq!(reference.to_string().parse::<ImageRef>(), Ok(reference));
             }
         }
+    }
+
+    #[test]
+    fn a_store_knows_an_image_by_one_name_however_it_is_written() {
+        let name = |text: &str| match text.parse().unwrap() {
+            ImageRef::Registry(reference) => reference.store_name("linux/amd64"),
+            other => panic!("{other:?}"),
+        };
+        assert_eq!(name("r:5000/a/b"), "r:5000/a/b:latest#linux/amd64");
+        assert_eq!(name("r:5000/a/b:latest"), name("r:5000/a/b"));
+        let digest = Digest::of(b"x");
+        let exact = format!("r:5000/a/b@{digest}#linux/amd64");
+        assert_eq!(name(&format!("r:5000/a/b:v1@{digest}")), exact);
+        assert_eq!(name(&format!("r:5000/a/b@{digest}")), exact);
     }
 }

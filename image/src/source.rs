@@ -102,6 +102,11 @@ impl Repository {
         })
     }
 
+    /// Whether it is a registry's, and not a directory of this host.
+    pub fn is_remote(&self) -> bool {
+        matches!(self.backend, Backend::Registry(_))
+    }
+
     /// For messages: `registry/repository` or `oci:DIR`.
     pub fn name(&self) -> String {
         match &self.backend {

@@ -1,11 +1,14 @@
 //! `lazyimg convert`.
 
+mod region;
+
 use std::time::Instant;
 
 use indicatif::ProgressBar;
 use lazyimg_image::artifact::{self, PushEvent};
 use lazyimg_image::convert::{self, ConvertEvent, ConvertOptions, Form};
 use lazyimg_image::limits::Limits;
+use lazyimg_image::platform::Platform;
 use lazyimg_image::reference::ImageRef;
 use lazyimg_image::source::{Descriptor, Repository, ResolvedImage};
 use serde::Serialize;
@@ -14,14 +17,15 @@ use crate::args::{Convert, Global, LimitFlags};
 use crate::exit::Error;
 use crate::output::{self, bytes};
 use crate::secrets;
+use region::Stored;
 
 /// What `--json` prints.
 #[derive(Debug, Serialize)]
 struct Report {
     /// Digest of the image manifest.
     image: String,
-    /// Digest of the artifact.
-    artifact: String,
+    /// Digest of the artifact in the registry; absent with `--store-only`.
+    artifact: Option<String>,
     /// Digest of header and chunk table.
     root: String,
     layers: usize,
@@ -41,6 +45,8 @@ struct Report {
     uploaded_chunks: u64,
     uploaded_bytes: u64,
     manifest_bytes: u64,
+    /// What the regional store got; absent without one.
+    store: Option<Stored>,
     seconds: f64,
 }
 
@@ -58,12 +64,25 @@ pub fn run(global: &Global, args: &Convert) -> Result<(), Error> {
         limits: limits(&args.limits),
         work_dir: args.work_dir.clone().unwrap_or_else(work_dir),
     };
+    let store = region::client(&args.region)?;
     let repo = super::repository(&args.image, &args.source)?;
-    let (image, form, pushed) = super::block_on(async {
+    let (image, form, pushed, stored) = super::block_on(async {
         let looking = output::spinner(global, "looking the image up");
         let image = repo.resolve(args.image.target()).await?;
         looking.finish_and_clear();
         let form = build(global, &repo, &image, tenant, options).await?;
+        // The store first: what the registry tells hosts of, they find in both.
+        let stored = match &store {
+            Some(client) => {
+                let platform = args.source.platform.clone().unwrap_or_else(Platform::host);
+                let names = region::names(&args.image, &platform.to_string(), &image);
+                Some(region::push(global, client, &form, &image, &names).await?)
+            }
+            None => None,
+        };
+        if args.region.store_only {
+            return Ok::<_, Error>((image, form, None, stored));
+        }
         let subject = Descriptor::new(&image.media_type, image.digest, image.manifest_size);
         let tag = tag(&args.image).filter(|_| !args.no_tag);
         let bar = output::byte_bar(global, 0, "pushing");
@@ -73,14 +92,15 @@ pub fn run(global: &Global, args: &Convert) -> Result<(), Error> {
         };
         let pushed = artifact::push(&repo, &form, subject, tag.as_deref(), &event).await?;
         bar.finish_and_clear();
-        Ok((image, form, pushed))
+        Ok((image, form, Some(pushed), stored))
     })?;
-    let report = report(&image, &form, &pushed, started.elapsed().as_secs_f64());
+    let seconds = started.elapsed().as_secs_f64();
+    let report = report(&image, &form, pushed.as_ref(), stored, seconds);
     if args.json {
         return output::json(&report);
     }
     output::say(global, &summary(&args.image, &report));
-    output::data(&report.artifact)
+    output::data(report.artifact.as_ref().unwrap_or(&report.image))
 }
 
 async fn build(
@@ -126,7 +146,13 @@ impl Progress {
     }
 }
 
-fn report(image: &ResolvedImage, form: &Form, pushed: &artifact::Pushed, seconds: f64) -> Report {
+fn report(
+    image: &ResolvedImage,
+    form: &Form,
+    pushed: Option<&artifact::Pushed>,
+    store: Option<Stored>,
+    seconds: f64,
+) -> Report {
     let manifest = &form.manifest;
     let mut seen = std::collections::HashSet::new();
     let stored_bytes = manifest
@@ -136,7 +162,7 @@ fn report(image: &ResolvedImage, form: &Form, pushed: &artifact::Pushed, seconds
         .sum();
     Report {
         image: image.digest.to_string(),
-        artifact: pushed.artifact.to_string(),
+        artifact: pushed.map(|p| p.artifact.to_string()),
         root: manifest.root().to_string(),
         layers: image.layers.len(),
         inodes: form.inodes,
@@ -146,10 +172,11 @@ fn report(image: &ResolvedImage, form: &Form, pushed: &artifact::Pushed, seconds
         chunks: seen.len() as u64,
         stored_bytes,
         packs: manifest.packs.len(),
-        uploaded_packs: pushed.uploaded_packs,
-        uploaded_chunks: pushed.uploaded_chunks,
-        uploaded_bytes: pushed.uploaded_bytes,
-        manifest_bytes: pushed.manifest_bytes,
+        uploaded_packs: pushed.map_or(0, |p| p.uploaded_packs),
+        uploaded_chunks: pushed.map_or(0, |p| p.uploaded_chunks),
+        uploaded_bytes: pushed.map_or(0, |p| p.uploaded_bytes),
+        manifest_bytes: manifest.to_bytes().len() as u64,
+        store,
         seconds,
     }
 }
@@ -159,8 +186,18 @@ fn summary(image: &ImageRef, r: &Report) -> String {
         0 => "no chunk was new".to_owned(),
         n => format!("{n} new chunks, {}", bytes(r.uploaded_bytes)),
     };
+    let upload = match &r.artifact {
+        Some(_) => format!("; uploaded: {upload}"),
+        None => String::new(),
+    };
+    let stored = r
+        .store
+        .map_or_else(String::new, |s| match s.uploaded_chunks {
+            0 => "; the store had every chunk".to_owned(),
+            n => format!("; stored: {n} chunks, {}", bytes(s.uploaded_bytes)),
+        });
     format!(
-        "converted {image}: {} layers, {} files, {} in {} chunks of {}; uploaded: {upload}; {:.1} s",
+        "converted {image}: {} layers, {} files, {} in {} chunks of {}{upload}{stored}; {:.1} s",
         r.layers,
         r.files,
         bytes(r.file_bytes),

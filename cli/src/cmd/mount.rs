@@ -11,7 +11,8 @@ use lazyimg_fuse::daemon::{self, DaemonOptions, Start};
 use lazyimg_fuse::mount::MountFlags;
 use lazyimg_fuse::opener::RegistryOpener;
 use lazyimg_fuse::protocol::{
-    CacheSettings, KeySource, MountRequest, Reply, SourceSettings, TreeSettings, WirePath,
+    CacheSettings, KeySource, MountRequest, Reply, SourceSettings, StoreSettings, TreeSettings,
+    WirePath,
 };
 use lazyimg_fuse::tree::TreeOptions;
 use lazyimg_image::credentials::CredentialPlaces;
@@ -116,12 +117,33 @@ pub fn cache_dir(place: &CacheDir) -> Result<PathBuf, Error> {
         })
 }
 
+fn absolute(path: PathBuf) -> Result<WirePath, Error> {
+    std::path::absolute(&path)
+        .map(WirePath)
+        .map_err(Error::io(path.display().to_string()))
+}
+
+/// The regional store that the daemon is to read through.
+fn store_settings(args: &Mount) -> Result<Option<StoreSettings>, Error> {
+    let region = &args.region;
+    if region.store.is_empty() {
+        return match region.store_only {
+            true => Err(Error::Usage(
+                "--store-only needs --store URL: without a store there would be nothing to read from".into(),
+            )),
+            false => Ok(None),
+        };
+    }
+    Ok(Some(StoreSettings {
+        urls: region.store.clone(),
+        token_file: region.store_token_file.clone().map(absolute).transpose()?,
+        ca_file: region.store_ca.clone().map(absolute).transpose()?,
+        only: region.store_only,
+        no_write_back: args.no_write_back,
+    }))
+}
+
 fn request(args: &Mount) -> Result<MountRequest, Error> {
-    let absolute = |path: PathBuf| {
-        std::path::absolute(&path)
-            .map(WirePath)
-            .map_err(Error::io(path.display().to_string()))
-    };
     let key = match secrets::tenant(&args.key)? {
         Provider::File(path) => KeySource::File(absolute(path)?),
         Provider::Command(command) => KeySource::Command(command),
@@ -145,6 +167,7 @@ fn request(args: &Mount) -> Result<MountRequest, Error> {
             docker_config: None,
             // Those of whoever mounts, not of whoever started the daemon.
             credentials: Some(places.into()),
+            store: store_settings(args)?,
         },
         // What was not asked for may be what it is.
         cache: CacheSettings {

@@ -2,8 +2,10 @@
 
 use std::collections::BTreeMap;
 
-use lazyimg_chunkstore::{CacheStats, HitsSnapshot, StatsSnapshot};
-use lazyimg_fuse::protocol::{MountStatus, StatusReport};
+use lazyimg_chunkstore::{
+    BreakerState, CacheStats, ErrorCounts, HitsSnapshot, LatencySnapshot, StatsSnapshot, TierHealth,
+};
+use lazyimg_fuse::protocol::{MountStatus, Resident, StatusReport};
 use serde::Serialize;
 
 use crate::args::Status;
@@ -20,6 +22,8 @@ struct Report {
     version: Option<String>,
     uptime_seconds: f64,
     cache: Option<CacheStats>,
+    /// Chunks of all mounts in the cache: as often as images name them, and once.
+    resident: Resident,
     mounts: Vec<Mount>,
 }
 
@@ -62,6 +66,12 @@ struct Tier {
     requests: u64,
     failures: u64,
     corrupt: u64,
+    /// Of chunks that came, from asking for them on.
+    latency: LatencySnapshot,
+    /// Failures by kind.
+    errors: ErrorCounts,
+    /// Requests sent, hedges, circuit breakers, what was written back.
+    health: TierHealth,
 }
 
 #[derive(Debug, Serialize)]
@@ -90,6 +100,7 @@ fn report(cache_dir: String, status: Option<StatusReport>) -> Report {
             version: None,
             uptime_seconds: 0.0,
             cache: None,
+            resident: Resident::default(),
             mounts: Vec::new(),
         },
         Some(s) => Report {
@@ -98,6 +109,7 @@ fn report(cache_dir: String, status: Option<StatusReport>) -> Report {
             version: Some(s.version),
             uptime_seconds: s.uptime_ms as f64 / 1000.0,
             cache: s.cache,
+            resident: s.resident,
             mounts: s.mounts.into_iter().map(mount).collect(),
         },
     }
@@ -111,6 +123,9 @@ fn mount(m: MountStatus) -> Mount {
             requests: t.requests,
             failures: t.failures,
             corrupt: t.corrupt,
+            latency: t.latency,
+            errors: t.errors,
+            health: t.health.clone(),
         };
         (t.name.clone(), tier)
     };
@@ -153,6 +168,16 @@ fn text(report: &Report) -> String {
             report.cache_dir
         ),
     };
+    if report.mounts.len() > 1 {
+        let r = &report.resident;
+        out += &format!(
+            "shared     {} mounts have {} in it, kept as {} in {} chunks\n",
+            report.mounts.len(),
+            bytes(r.named_bytes),
+            bytes(r.bytes),
+            r.chunks
+        );
+    }
     for m in &report.mounts {
         out += &format!(
             "\nmount      {}{}\n",
@@ -182,12 +207,62 @@ fn text(report: &Report) -> String {
                 t.failures,
                 t.corrupt
             );
+            out += &details(t);
         }
         out += &format!(
             "hits       {} in memory, {} on disk; {} bad copies dropped, {} healed\n",
             m.hits.memory.chunks, m.hits.cache.chunks, m.stats.bad_local_copies, m.stats.healed
         );
         out += &format!("errors     {}\n", m.errors);
+    }
+    out
+}
+
+/// How a tier is doing, where there is something to tell.
+fn details(tier: &Tier) -> String {
+    let mut out = String::new();
+    let millis = |us: u64| format!("{:.1}", us as f64 / 1000.0);
+    let l = &tier.latency;
+    if l.count > 0 {
+        out += &format!(
+            "           ms to a chunk: p50 {}, p99 {}, p99.9 {}, at most {}\n",
+            millis(l.p50_us),
+            millis(l.p99_us),
+            millis(l.p999_us),
+            millis(l.max_us)
+        );
+    }
+    let h = &tier.health;
+    if h.retries + h.hedges > 0 {
+        out += &format!(
+            "           {} requests sent, {} of them again, {} hedged\n",
+            h.sent, h.retries, h.hedges
+        );
+    }
+    for origin in h
+        .origins
+        .iter()
+        .filter(|o| o.breaker != BreakerState::Closed)
+    {
+        let why = origin
+            .last_failure
+            .as_deref()
+            .unwrap_or("it failed too often");
+        out += &format!("           {} is not asked for now: {why}\n", origin.origin);
+    }
+    let w = &h.write_back;
+    if w.put.chunks + w.failed + w.dropped + w.queued > 0 {
+        out += &format!(
+            "           {} chunks ({}) brought into it, {} waiting, {} failed, {} dropped\n",
+            w.put.chunks,
+            bytes(w.put.bytes),
+            w.queued,
+            w.failed,
+            w.dropped
+        );
+    }
+    if let Some(why) = &w.resting {
+        out += &format!("           nothing is brought into it now: {why}\n");
     }
     out
 }

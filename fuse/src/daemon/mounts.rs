@@ -7,13 +7,14 @@ use std::sync::{Arc, OnceLock};
 use std::time::Instant;
 
 use lazyimg_chunkstore::ImageStore;
+use lazyimg_convergent::ChunkId;
 use parking_lot::Mutex;
 use tokio::task::AbortHandle;
 
 use crate::meta::Metadata;
 use crate::mount::TreeMount;
 use crate::mountpoint::{MountpointError, Unmount};
-use crate::protocol::{MountStatus, WirePath};
+use crate::protocol::{MountStatus, Resident, WirePath};
 use crate::view::ImageView;
 
 /// What serves a mount; there will be others.
@@ -112,6 +113,29 @@ impl Mounts {
     }
 }
 
+/// Counts chunks of all mounts that are in the host cache.
+#[derive(Default)]
+pub struct Census {
+    seen: HashSet<ChunkId>,
+    counted: Resident,
+}
+
+impl Census {
+    fn add(&mut self, id: &ChunkId, len: u64) {
+        self.counted.named_chunks += 1;
+        self.counted.named_bytes += len;
+        if self.seen.insert(*id) {
+            self.counted.chunks += 1;
+            self.counted.bytes += len;
+        }
+    }
+
+    /// What was counted.
+    pub fn counted(&self) -> Resident {
+        self.counted
+    }
+}
+
 impl Mounted {
     pub fn new(
         image: String,
@@ -168,14 +192,17 @@ impl Mounted {
         }
     }
 
-    pub fn status(&self) -> MountStatus {
+    /// How it is doing; what of it is in the host cache is added to `census`.
+    pub fn status(&self, census: &mut Census) -> MountStatus {
         let (mut chunks, mut resident_chunks, mut resident_bytes) = (0, 0, 0);
         let mut seen = HashSet::new();
         for spec in self.view.specs().filter(|spec| seen.insert(*spec.id())) {
             chunks += 1;
             if self.store.is_cached(spec.id()) {
+                let len = u64::from(spec.chunk.stored_len);
                 resident_chunks += 1;
-                resident_bytes += u64::from(spec.chunk.stored_len);
+                resident_bytes += len;
+                census.add(spec.id(), len);
             }
         }
         MountStatus {

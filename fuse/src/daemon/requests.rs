@@ -8,14 +8,14 @@ use std::time::Duration;
 use lazyimg_chunkstore::{ChunkSpec, FetchError, MountStats, ReadError, VerifyScope};
 
 use super::connection::Progress;
-use super::mounts::Mounted;
+use super::mounts::{Census, Mounted};
 use super::{Daemon, StoreError};
 use crate::errno::{causes, chain};
 use crate::faults::Faults;
 use crate::meta::Metadata;
 use crate::mount::{MountError, TreeMount};
 use crate::mountpoint::{self, MountpointError, Unmount};
-use crate::opener::OpenedImage;
+use crate::opener::{OpenedImage, REGISTRY_TIER};
 use crate::protocol::{
     CacheSettings, ErrorCode, MAX_FAILURES, MountRequest, Reply, Request, StatusReport, WirePath,
 };
@@ -91,6 +91,8 @@ impl Daemon {
             } => self.umount(dir.0, how, &namespace).await,
             Request::Status => self.status().await,
             Request::Verify { dir, tiers } => self.verify(dir.0, tiers, progress).await,
+            Request::CacheTrim { bytes } => self.cache_trim(bytes).await,
+            Request::CacheVerify => self.cache_verify(progress).await,
             Request::Stop => {
                 self.stopping.store(true, Ordering::SeqCst);
                 self.changed.notify_one();
@@ -132,6 +134,12 @@ impl Daemon {
                 format!("{} is being mounted at already", dir.display()),
             )
         })?;
+        // A cold region makes starts slow, and slow starts make more of them: new ones wait here.
+        if let Some(store) = self.store.get() {
+            let patience = TreeOptions::from(&request.tree).read_timeout;
+            let admitted = store.admit(patience).await;
+            let _ = admitted.map_err(|e| Refusal::new(ErrorCode::Overloaded, e.to_string()))?;
+        }
         let prepared = dir.clone();
         let (prepared, opened, store) = tokio::join!(
             blocking(move || mountpoint::prepare(&prepared)),
@@ -142,8 +150,7 @@ impl Daemon {
         let OpenedImage { view, tiers, early } =
             opened.map_err(|e| Refusal::new(e.code, e.message))?;
         let store = store?.image(tiers, Arc::new(MountStats::new()));
-        store.accept(early);
-        let view = Arc::new(view);
+        store.accept_from(REGISTRY_TIER, early);
         let options = TreeOptions::from(&request.tree);
         let metadata = Arc::new(Metadata::new(
             view.meta(),
@@ -255,7 +262,12 @@ impl Daemon {
 
     async fn status(&self) -> Result<Reply, Refusal> {
         let mounts = self.mounts.all();
-        let mounts = blocking(move || mounts.iter().map(|m| m.status()).collect()).await?;
+        let (mounts, resident) = blocking(move || {
+            let mut census = Census::default();
+            let mounts = mounts.iter().map(|m| m.status(&mut census)).collect();
+            (mounts, census.counted())
+        })
+        .await?;
         let cache = self
             .store
             .get()
@@ -267,6 +279,7 @@ impl Daemon {
             uptime_ms: u64::try_from(self.started.elapsed().as_millis()).unwrap_or(u64::MAX),
             cache,
             mounts,
+            resident,
         })))
     }
 
@@ -306,6 +319,34 @@ impl Daemon {
         }
         Ok(Reply::Verified(tally.report()))
     }
+}
+
+impl Daemon {
+    async fn cache_trim(&self, bytes: u64) -> Result<Reply, Refusal> {
+        let store = self.store().await?.clone();
+        let stats = blocking(move || store.cache().map(|cache| cache.trim(bytes))).await?;
+        Ok(Reply::Cache(stats.ok_or_else(no_cache)?))
+    }
+
+    async fn cache_verify(&self, progress: Progress) -> Result<Reply, Refusal> {
+        let store = self.store().await?.clone();
+        let scrubbed = blocking(move || {
+            let mut tell = |done, total| {
+                // A full channel has an older step in it, which will do.
+                !matches!(
+                    progress.try_send((done, total)),
+                    Err(tokio::sync::mpsc::error::TrySendError::Closed(_))
+                )
+            };
+            store.cache().map(|cache| cache.scrub(&mut tell))
+        })
+        .await?;
+        Ok(Reply::Scrubbed(scrubbed.ok_or_else(no_cache)?))
+    }
+}
+
+fn no_cache() -> Refusal {
+    Refusal::new(ErrorCode::Cache, "this daemon keeps nothing on disk")
 }
 
 /// Runs what blocks where it may.

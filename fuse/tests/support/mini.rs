@@ -62,7 +62,7 @@ impl ImageOpener for Directories {
             ..OriginOptions::default()
         };
         Ok(OpenedImage {
-            view,
+            view: Arc::new(view),
             tiers: vec![Arc::new(PackOrigin::new(
                 "files",
                 Arc::new(PackFiles(dir)),

@@ -92,6 +92,7 @@ impl Mounted {
         let store_options = StoreOptions {
             hot_bytes: options.hot_bytes,
             fetch_deadline: options.fetch_deadline,
+            ..StoreOptions::default()
         };
         let host = Store::new(Some(cache), store_options, runtime.handle().clone());
         let origin = Arc::new(Origin::new(image.packs.clone()));

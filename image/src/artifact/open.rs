@@ -18,6 +18,8 @@ pub struct Opened {
     pub artifact: Digest,
     /// Its manifest, proven under the tenant's key.
     pub manifest: OpenManifest,
+    /// The manifest as it was fetched, keys sealed: for whoever passes it on.
+    pub manifest_bytes: Bytes,
     /// Ciphertexts of the first metadata chunks, fetched together with the manifest, each verified
     /// against its id.
     pub early: Vec<(ChunkId, Bytes)>,
@@ -223,17 +225,7 @@ fn finish(
     tenant: &TenantKey,
 ) -> Result<Opened, ArtifactError> {
     let digest = fetched.digest;
-    let failed = |cause: ManifestError| ArtifactError::Manifest { digest, cause };
-    let manifest = Manifest::parse(&fetched.bytes)
-        .and_then(|m| m.open(tenant))
-        .map_err(failed)?;
-    if manifest.header().image != image.digest {
-        return Err(ArtifactError::WrongImage {
-            digest,
-            inside: manifest.header().image,
-            outside: image.digest,
-        });
-    }
+    let manifest = open_manifest(&image.digest, digest, &fetched.bytes, tenant)?;
     let early = fetched
         .head
         .map_or_else(Vec::new, |head| verified(&manifest, &head));
@@ -241,8 +233,37 @@ fn finish(
         image,
         artifact: digest,
         manifest,
+        manifest_bytes: fetched.bytes,
         early,
     })
+}
+
+/// Opens the lazyimg manifest of `image`, wherever its bytes come from: nothing of them is trusted
+/// that the tenant's key does not prove. `named` stands in errors: the digest of what had the bytes.
+///
+/// # Errors
+/// [`ArtifactError::Manifest`], or [`ArtifactError::WrongImage`] when it is another image's.
+pub fn open_manifest(
+    image: &Digest,
+    named: Digest,
+    bytes: &[u8],
+    tenant: &TenantKey,
+) -> Result<OpenManifest, ArtifactError> {
+    let failed = |cause: ManifestError| ArtifactError::Manifest {
+        digest: named,
+        cause,
+    };
+    let manifest = Manifest::parse(bytes)
+        .and_then(|m| m.open(tenant))
+        .map_err(failed)?;
+    if manifest.header().image != *image {
+        return Err(ArtifactError::WrongImage {
+            digest: named,
+            inside: manifest.header().image,
+            outside: *image,
+        });
+    }
+    Ok(manifest)
 }
 
 /// The metadata chunks that lie whole in the head of the last pack.
