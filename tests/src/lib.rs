@@ -16,6 +16,7 @@ pub mod proxy;
 pub mod registry;
 pub mod runs;
 pub mod sample;
+pub mod store;
 pub mod tree;
 pub mod workdir;
 
@@ -24,4 +25,5 @@ pub use lazyimg::{Lazyimg, Mounted};
 pub use proxy::{Fault, Proxy};
 pub use registry::Registry;
 pub use sample::Sample;
+pub use store::Store;
 pub use workdir::WorkDir;

@@ -1,4 +1,4 @@
-//! A TCP proxy in front of a registry that misbehaves on demand.
+//! A TCP proxy in front of a registry or a store that misbehaves on demand.
 
 use std::io::{Read, Write};
 use std::net::{Shutdown, TcpListener, TcpStream};
@@ -24,6 +24,12 @@ pub enum Fault {
     Flip(u64),
     /// Each answer waits this many milliseconds.
     Delay(u64),
+    /// The connection is reset (RST) after this many bytes of the body.
+    Reset(u64),
+    /// The body is that of another answer, as far as one of at least that length has come by.
+    Swap,
+    /// The body comes in pieces of this many bytes, ten a second.
+    Trickle(u64),
 }
 
 /// Which requests get the fault.
@@ -31,10 +37,19 @@ pub enum Fault {
 pub enum Target {
     /// Reads of blobs: packs, manifests of converted images, layers.
     Blobs,
-    /// Every read.
+    /// Every read; of a store also many chunks at once.
     Reads,
     /// Reads whose address has this in it.
     Naming(&'static str),
+}
+
+/// A request that came by.
+#[derive(Debug, Clone, PartialEq, Eq, Hash)]
+pub struct Request {
+    /// Its first line: method, path and version.
+    pub line: String,
+    /// Its `Range` header.
+    pub range: Option<String>,
 }
 
 #[derive(Debug)]
@@ -44,7 +59,11 @@ struct Shared {
     /// How many requests the fault still hits.
     left: AtomicU64,
     stop: AtomicBool,
-    requests: Mutex<Vec<String>>,
+    requests: Mutex<Vec<Request>>,
+    /// How many requests have had a fault.
+    faulted: AtomicU64,
+    /// The longest body that has come by, for [`Fault::Swap`].
+    longest: Mutex<Vec<u8>>,
 }
 
 /// The proxy. Ends when dropped.
@@ -65,7 +84,9 @@ impl Proxy {
             fault: Mutex::new((Fault::None, Target::Blobs)),
             left: AtomicU64::new(0),
             stop: AtomicBool::new(false),
-            requests: Mutex::new(Vec::new()),
+            requests: Mutex::default(),
+            faulted: AtomicU64::new(0),
+            longest: Mutex::default(),
         });
         let serving = Arc::clone(&shared);
         let listener = std::thread::spawn(move || {
@@ -85,6 +106,11 @@ impl Proxy {
             shared,
             listener: Some(listener),
         }
+    }
+
+    /// Where it listens, as a URL.
+    pub fn url(&self) -> String {
+        format!("http://127.0.0.1:{}", self.port)
     }
 
     /// A reference to `name` through it.
@@ -110,11 +136,18 @@ impl Proxy {
 
     /// First lines of the requests so far.
     pub fn requests(&self) -> Vec<String> {
-        self.shared
-            .requests
-            .lock()
-            .expect("no holder panics")
-            .clone()
+        self.seen().into_iter().map(|r| r.line).collect()
+    }
+
+    /// The requests so far.
+    pub fn seen(&self) -> Vec<Request> {
+        let requests = self.shared.requests.lock();
+        requests.expect("no holder panics").clone()
+    }
+
+    /// How many requests have had a fault so far.
+    pub fn faulted(&self) -> u64 {
+        self.shared.faulted.load(Relaxed)
     }
 }
 
@@ -132,8 +165,7 @@ impl Drop for Proxy {
 impl Shared {
     fn fault_for(&self, first_line: &str) -> Fault {
         let (fault, target) = *self.fault.lock().expect("no holder panics");
-        let read = first_line.starts_with("GET ") || first_line.starts_with("HEAD ");
-        let meant = read
+        let meant = is_read(first_line)
             && match target {
                 Target::Reads => true,
                 Target::Blobs => first_line.contains("/blobs/"),
@@ -143,9 +175,12 @@ impl Shared {
             return Fault::None;
         }
         let take = |n: u64| n.checked_sub(1);
-        self.left
-            .fetch_update(Relaxed, Relaxed, take)
-            .map_or(Fault::None, |_| fault)
+        let hit = self.left.fetch_update(Relaxed, Relaxed, take).is_ok();
+        if !hit {
+            return Fault::None;
+        }
+        self.faulted.fetch_add(1, Relaxed);
+        fault
     }
 
     /// Waits for as long as this fault is on.
@@ -162,11 +197,13 @@ fn serve(shared: &Shared, mut client: TcpStream) -> std::io::Result<()> {
     let mut rest = Vec::new();
     while let Some(head) = read_head(&mut client, &mut rest)? {
         let first_line = head.lines().next().unwrap_or_default().to_owned();
-        shared
-            .requests
-            .lock()
-            .expect("no holder panics")
-            .push(first_line.clone());
+        let request = Request {
+            line: first_line.clone(),
+            range: header(&head, "range").map(str::to_owned),
+        };
+        let mut requests = shared.requests.lock().expect("no holder panics");
+        requests.push(request);
+        drop(requests);
         let fault = shared.fault_for(&first_line);
         match fault {
             Fault::Close => return client.shutdown(Shutdown::Both),
@@ -185,14 +222,78 @@ fn serve(shared: &Shared, mut client: TcpStream) -> std::io::Result<()> {
         let mut upstream = TcpStream::connect(("127.0.0.1", shared.upstream))?;
         upstream.set_nodelay(true)?;
         upstream.write_all(without_keep_alive(&head).as_bytes())?;
-        if !(first_line.starts_with("GET ") || first_line.starts_with("HEAD ")) {
+        if !is_read(&first_line) {
             upstream.write_all(&rest)?;
             return tunnel(client, upstream);
         }
+        if first_line.starts_with("POST ") {
+            pass_body(&head, &mut rest, &mut client, &mut upstream)?;
+        }
         let is_head = first_line.starts_with("HEAD ");
         if !answer(shared, &mut client, &mut upstream, fault, is_head)? {
-            return client.shutdown(Shutdown::Both);
+            return match fault {
+                // Dropped, it is reset.
+                Fault::Reset(_) => Ok(()),
+                _ => client.shutdown(Shutdown::Both),
+            };
         }
+    }
+    Ok(())
+}
+
+/// Whether a request only reads: a list of chunks that are asked for is a body.
+fn is_read(first_line: &str) -> bool {
+    [
+        "GET ",
+        "HEAD ",
+        "POST /v1/chunks/get ",
+        "POST /v1/chunks/has ",
+    ]
+    .iter()
+    .any(|start| first_line.starts_with(start))
+}
+
+/// Passes the body of a request on; what came after it stays in `rest`.
+fn pass_body(
+    head: &str,
+    rest: &mut Vec<u8>,
+    client: &mut TcpStream,
+    upstream: &mut TcpStream,
+) -> std::io::Result<()> {
+    let length = header(head, "content-length").and_then(|v| v.parse::<usize>().ok());
+    let length = length.filter(|n| *n <= 1 << 20).unwrap_or(0);
+    let mut buffer = vec![0; 64 << 10];
+    while rest.len() < length {
+        match client.read(&mut buffer)? {
+            0 => return Err(std::io::ErrorKind::UnexpectedEof.into()),
+            n => rest.extend_from_slice(&buffer[..n]),
+        }
+    }
+    let next = rest.split_off(length);
+    upstream.write_all(&std::mem::replace(rest, next))
+}
+
+/// The body that stands in for another one, if one is long enough; notes this one for the next.
+fn swapped(
+    shared: &Shared,
+    length: usize,
+    upstream: &mut TcpStream,
+    body: &mut Vec<u8>,
+) -> std::io::Result<()> {
+    let mut buffer = vec![0; 64 << 10];
+    while body.len() < length {
+        match upstream.read(&mut buffer)? {
+            0 => return Err(std::io::ErrorKind::UnexpectedEof.into()),
+            n => body.extend_from_slice(&buffer[..n]),
+        }
+    }
+    let mut longest = shared.longest.lock().expect("no holder panics");
+    if longest.len() >= length && longest[..length] != body[..] {
+        // Not always the same one.
+        let other = longest[..length].to_vec();
+        *longest = std::mem::replace(body, other);
+    } else if longest.len() < length {
+        *longest = body.clone();
     }
     Ok(())
 }
@@ -214,6 +315,9 @@ fn answer(
         return Ok(true);
     }
     let length = header(&head, "content-length").and_then(|v| v.parse::<u64>().ok());
+    if let (Fault::Swap, Some(length)) = (fault, length.filter(|n| *n <= 64 << 20)) {
+        swapped(shared, length as usize, upstream, &mut body)?;
+    }
     let mut sent = 0;
     let mut buffer = vec![0; 64 << 10];
     loop {
@@ -234,6 +338,23 @@ fn answer(
             Fault::Truncate(at) if end > at => {
                 client.write_all(&piece[..(at - sent) as usize])?;
                 return Ok(false);
+            }
+            Fault::Reset(at) if end > at => {
+                client.write_all(&piece[..(at - sent) as usize])?;
+                // Closing with bytes unread, and not waiting for the rest to be taken, resets.
+                rustix::net::sockopt::set_socket_linger(&*client, Some(Duration::ZERO))?;
+                return Ok(false);
+            }
+            Fault::Trickle(step) => {
+                for drop in piece.chunks(step.max(1) as usize) {
+                    client.write_all(drop)?;
+                    std::thread::sleep(Duration::from_millis(100));
+                    if shared.stop.load(Relaxed) {
+                        return Ok(false);
+                    }
+                }
+                sent = end;
+                continue;
             }
             Fault::Stall(at) if end > at => {
                 client.write_all(&piece[..(at - sent) as usize])?;
