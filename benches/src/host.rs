@@ -15,6 +15,8 @@ const TOOLS: &[(&str, &str)] = &[
     ("zstd", "zstd"),
     ("tar", "tar"),
     ("ip", "iproute2"),
+    ("nginx", "nginx-light"),
+    ("redis-server", "redis-server"),
 ];
 
 /// Says what is missing, all at once.

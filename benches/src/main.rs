@@ -45,7 +45,7 @@ struct Args {
     /// Smaller images and fewer runs, about two minutes.
     #[arg(long)]
     quick: bool,
-    /// Only these benches: codec, convert, first-ls, reads, memory, cutters.
+    /// Only these benches: codec, convert, first-ls, reads, hits, memory, cutters, eviction, store.
     #[arg(long, value_name = "NAME", value_delimiter = ',')]
     only: Vec<String>,
     /// How often each thing is measured [default: 5, quick 3].

@@ -3,9 +3,12 @@
 pub mod codec;
 pub mod convert;
 pub mod cutters;
+pub mod eviction;
 pub mod first_ls;
+pub mod hits;
 pub mod memory;
 pub mod reads;
+pub mod store;
 
 use std::path::PathBuf;
 
@@ -37,6 +40,9 @@ pub const ALL: &[(&str, Run)] = &[
     ("convert", convert::run),
     ("first-ls", first_ls::run),
     ("reads", reads::run),
+    ("hits", hits::run),
     ("memory", memory::run),
     ("cutters", cutters::run),
+    ("eviction", eviction::run),
+    ("store", store::run),
 ];
