@@ -10,11 +10,10 @@ use tokio::time::Instant;
 
 use crate::engine::{RootId, When};
 
-use super::error::BadManifest;
-use super::images::parse;
+use super::images::parse_for;
 use super::names;
 use super::types::TenantName;
-use super::{Catalog, CatalogError, MAX_MANIFEST};
+use super::{Catalog, CatalogError};
 
 impl Catalog {
     /// Keeps a manifest that is not live, in the active root.
@@ -31,22 +30,7 @@ impl Catalog {
         bytes: Bytes,
     ) -> Result<(), CatalogError> {
         let len = bytes.len() as u64;
-        if bytes.len() > MAX_MANIFEST {
-            return Err(CatalogError::TooLarge {
-                what: "a manifest",
-                len,
-                limit: MAX_MANIFEST as u64,
-            });
-        }
-        let parsed = parse(bytes.clone()).await?;
-        if parsed.image != *image {
-            let (actual, asked) = (parsed.image, *image);
-            return Err(BadManifest::Image { actual, asked }.into());
-        }
-        if parsed.key != key {
-            let (actual, asked) = (parsed.key, key);
-            return Err(BadManifest::Key { actual, asked }.into());
-        }
+        parse_for(image, key, bytes.clone()).await?;
         let view = self.fresh_view().await?;
         let active = view.active()?;
         let doc = names::cached_manifest(active, tenant, image, key);

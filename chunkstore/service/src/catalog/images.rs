@@ -38,6 +38,31 @@ pub(super) struct Parsed {
 /// Manifests up to so many bytes are read at once, longer ones on a thread that may take its time.
 const SHORT: usize = 64 << 10;
 
+/// Reads a manifest that is put as that of `image`, sealed for `key`.
+pub(super) async fn parse_for(
+    image: &Digest,
+    key: KeyId,
+    bytes: Bytes,
+) -> Result<Parsed, CatalogError> {
+    if bytes.len() > MAX_MANIFEST {
+        return Err(CatalogError::TooLarge {
+            what: "a manifest",
+            len: bytes.len() as u64,
+            limit: MAX_MANIFEST as u64,
+        });
+    }
+    let parsed = parse(bytes).await?;
+    if parsed.image != *image {
+        let (actual, asked) = (parsed.image, *image);
+        return Err(BadManifest::Image { actual, asked }.into());
+    }
+    if parsed.key != key {
+        let (actual, asked) = (parsed.key, key);
+        return Err(BadManifest::Key { actual, asked }.into());
+    }
+    Ok(parsed)
+}
+
 /// Reads a manifest.
 pub(super) async fn parse(bytes: Bytes) -> Result<Parsed, CatalogError> {
     if bytes.len() <= SHORT {
@@ -111,22 +136,7 @@ impl Catalog {
         bytes: Bytes,
     ) -> Result<ManifestPut, CatalogError> {
         let (len, hash) = (bytes.len() as u64, Version::hash_of(&bytes));
-        if bytes.len() > MAX_MANIFEST {
-            return Err(CatalogError::TooLarge {
-                what: "a manifest",
-                len,
-                limit: MAX_MANIFEST as u64,
-            });
-        }
-        let parsed = parse(bytes.clone()).await?;
-        if parsed.image != *image {
-            let (actual, asked) = (parsed.image, *image);
-            return Err(BadManifest::Image { actual, asked }.into());
-        }
-        if parsed.key != key {
-            let (actual, asked) = (parsed.key, key);
-            return Err(BadManifest::Key { actual, asked }.into());
-        }
+        let parsed = parse_for(image, key, bytes.clone()).await?;
         let mut view = self.fresh_view().await?;
         for _ in 0..TRIES {
             let before = self.copies(&view, tenant, image, key).await?;
