@@ -220,7 +220,7 @@ fn list(failures: &[TierFailure]) -> String {
 }
 
 /// An error with its causes: "GET … failed" alone does not say that the connection was refused.
-fn chain(error: &(dyn std::error::Error + 'static)) -> String {
+pub(crate) fn chain(error: &(dyn std::error::Error + 'static)) -> String {
     let mut text = error.to_string();
     let mut cause = error.source();
     while let Some(error) = cause {

@@ -36,8 +36,15 @@ pub trait Tier: Send + Sync {
     /// Fetches `chunks` in as few round trips as the tier can, and sends one [`Delivery`] for each,
     /// in any order, as soon as it is there. A chunk without a delivery when this returns counts as
     /// not found. A closed `sink` means that nobody wants the rest: return. What is not there
-    /// should be told before what takes long: the next tier is asked for it meanwhile.
+    /// should be told before what takes long: the next tier is asked for it meanwhile. What is
+    /// delivered has memory of its own: it waits in queues that are bounded by its length.
     async fn fetch(&self, chunks: &[ChunkRef], sink: mpsc::Sender<Delivery>);
+
+    /// [`Tier::fetch`] for somebody who only looks, and will not offer what is missing: others must not
+    /// wait for that.
+    async fn look(&self, chunks: &[ChunkRef], sink: mpsc::Sender<Delivery>) {
+        self.fetch(chunks, sink).await;
+    }
 
     /// A chunk that a tier behind this one had, **verified**. Whoever can keep it queues it: this
     /// must not wait.

@@ -1,7 +1,7 @@
 //! The words of the store's protocol, version 1: `docs/store.md`. Client and server share this file;
 //! it does no I/O.
 
-use lazyimg_convergent::{ChunkId, MAX_STORED_LEN};
+use lazyimg_convergent::{ChunkId, Digest, MAX_STORED_LEN};
 
 /// Chunks asked for in one request, at most.
 pub const MAX_BATCH: usize = 4096;
@@ -79,6 +79,15 @@ impl FrameKind {
         ];
         all.into_iter().find(|kind| kind.code() == code)
     }
+}
+
+/// A profile's greatest length, in bytes.
+pub const MAX_PROFILE: usize = 1 << 20;
+
+/// The name of the profile of an image that holds the index through which the image is named: `index-`
+/// and half of the digest's hex digits.
+pub fn index_profile(index: &Digest) -> String {
+    format!("index-{}", &index.hex()[..32])
 }
 
 /// A frame's head: one byte kind, three zero bytes, and the length of what follows as a big-endian

@@ -15,6 +15,7 @@ mod umount;
 mod verify;
 
 use std::future::Future;
+use std::io::IsTerminal;
 
 use lazyimg_image::source::{Repository, SourceOptions};
 
@@ -51,6 +52,9 @@ pub fn run(cli: Cli) -> Result<(), Error> {
     }
 }
 
+/// Logs each certificate that it refuses; the error of the request says it, and what to do.
+const TOLD: &str = "rustls_platform_verifier=off";
+
 fn log_to_stderr(global: &crate::args::Global) {
     let level = match (global.quiet, global.verbose) {
         (true, _) => "error",
@@ -58,10 +62,11 @@ fn log_to_stderr(global: &crate::args::Global) {
         (_, 1) => "lazyimg=info,lazyimg_image=info,lazyimg_fuse=info,lazyimg_chunkstore=info,warn",
         _ => "debug",
     };
-    let filter = tracing_subscriber::EnvFilter::new(level);
+    let filter = tracing_subscriber::EnvFilter::new(format!("{level},{TOLD}"));
     let subscriber = tracing_subscriber::fmt()
         .with_env_filter(filter)
-        .with_writer(std::io::stderr);
+        .with_writer(std::io::stderr)
+        .with_ansi(std::io::stderr().is_terminal());
     // Only fails when a subscriber is set already, which a test may have done.
     let _ = subscriber.without_time().with_target(false).try_init();
 }

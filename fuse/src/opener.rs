@@ -3,6 +3,8 @@
 mod known;
 mod region;
 mod registry;
+#[cfg(test)]
+mod tests;
 
 use std::sync::Arc;
 

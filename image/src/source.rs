@@ -23,7 +23,7 @@ pub use blob_stream::BlobStream;
 pub use document::Descriptor;
 pub use error::SourceError;
 pub use options::{Parallelism, RetryPolicy, SourceOptions, Timeouts};
-pub use resolve::{LayerDescriptor, ResolvedDigest, ResolvedImage};
+pub use resolve::{IndexDocument, LayerDescriptor, ResolvedDigest, ResolvedImage};
 
 use crate::oci_layout::Layout;
 use crate::platform::Platform;

@@ -3,16 +3,18 @@
 #![allow(clippy::unwrap_used)]
 
 use std::os::unix::fs::OpenOptionsExt;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use lazyimg_chunkstore::remote::{
-    Got, Http2, PutOutcome, RefAnswer, RefCondition, StoreClient, StoreErrorCode, StoreSettings,
-    StoreTier, StoreTierOptions,
+    Effort, Got, Http2, PutOutcome, RefAnswer, RefCondition, StoreClient, StoreErrorCode,
+    StoreSettings, StoreTier, StoreTierOptions,
 };
 use lazyimg_chunkstore::testing::{Fault, FaultyTier, TestChunk, flipped, test_chunk};
-use lazyimg_chunkstore::{BreakerState, Guards, ImageStore, MountStats, Store, StoreOptions, Tier};
+use lazyimg_chunkstore::{
+    BreakerState, Guards, ImageStore, MountStats, Store, StoreOptions, Tier, VerifyScope,
+};
 use lazyimg_convergent::Digest;
 use lazyimg_store::audit::Audit;
 use lazyimg_store::catalog::{Catalog, CatalogOptions};
@@ -21,6 +23,7 @@ use lazyimg_store::engine::{Engine, RootId};
 use lazyimg_store::http::{Limits, Parts};
 use lazyimg_store::server::{Handle, Server, ServerOptions};
 use lazyimg_store::tenants::Tenants;
+use lazyimg_store::tls::Tls;
 use tokio::sync::mpsc;
 use tokio::task::JoinHandle;
 
@@ -36,8 +39,13 @@ struct Instance {
 
 impl Instance {
     async fn start(engine: &Arc<MemoryEngine>, tenants: Tenants, listen: &str) -> Self {
+        Self::with(engine, tenants, ServerOptions::at(listen)).await
+    }
+
+    async fn with(engine: &Arc<MemoryEngine>, tenants: Tenants, options: ServerOptions) -> Self {
         let engine: Arc<dyn Engine> = Arc::clone(engine) as _;
-        let name = format!("test-{}", listen.rsplit(':').next().unwrap());
+        let name = format!("test-{}", options.listen.rsplit(':').next().unwrap());
+        let scheme = options.tls.as_ref().map_or("http", |_| "https");
         let catalog = Catalog::open(Arc::clone(&engine), CatalogOptions::shared(name))
             .await
             .unwrap();
@@ -49,12 +57,10 @@ impl Instance {
             limits: Limits::default(),
             hot: None,
         };
-        let server = Server::bind(parts, ServerOptions::at(listen))
-            .await
-            .unwrap();
+        let server = Server::bind(parts, options).await.unwrap();
         let listen = server.addr().to_string();
         Self {
-            url: format!("http://{listen}"),
+            url: format!("{scheme}://{listen}"),
             listen,
             handle: server.handle(),
             running: tokio::spawn(server.run()),
@@ -95,7 +101,7 @@ async fn put_all(client: &StoreClient, chunks: &[TestChunk]) {
 async fn get(client: &StoreClient, chunks: &[TestChunk], wait: Option<Duration>) -> Vec<Got> {
     let ids: Vec<_> = chunks.iter().map(|c| *c.spec.id()).collect();
     let (sink, mut inbox) = mpsc::channel(1_000);
-    client.get_many(&ids, wait, 3, &sink).await;
+    client.get_many(&ids, wait, Effort::Brief, &sink).await;
     drop(sink);
     let mut out: Vec<Option<Got>> = ids.iter().map(|_| None).collect();
     while let Some((index, got)) = inbox.recv().await {
@@ -121,12 +127,12 @@ struct Host {
 
 /// A host without a cache that reads an image through the store, then from a registry.
 fn host(client: StoreClient, registry: &Arc<FaultyTier>) -> Host {
+    host_with(client, registry, StoreTierOptions::default())
+}
+
+fn host_with(client: StoreClient, registry: &Arc<FaultyTier>, options: StoreTierOptions) -> Host {
     let runtime = tokio::runtime::Handle::current();
-    let tier = Arc::new(StoreTier::new(
-        client,
-        StoreTierOptions::default(),
-        &runtime,
-    ));
+    let tier = Arc::new(StoreTier::new(client, options, &runtime));
     let tiers: Vec<Arc<dyn Tier>> = vec![tier.clone(), registry.clone()];
     let stats = Arc::new(MountStats::new());
     let options = StoreOptions {
@@ -189,6 +195,42 @@ async fn one_asker_is_told_to_bring_a_chunk_and_another_gets_it_when_it_came() {
     });
     let () = put;
     assert_all_come(&chunks, waiting);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn who_would_not_bring_a_chunk_does_not_hold_up_others_who_would() {
+    let chunks = chunks(4);
+    let instance = Instance::local(&engine()).await;
+    let registry = FaultyTier::new("registry", &chunks, Fault::None);
+    let other = client(&[&instance]);
+    let now = Some(Duration::ZERO);
+    // One that verifies brings nothing.
+    let looks = host(client(&[&instance]), &registry);
+    let specs: Vec<_> = chunks[..2].iter().map(|c| c.spec.clone()).collect();
+    for outcome in looks.image.verify(&specs, VerifyScope::Tiers).await {
+        outcome.unwrap();
+    }
+    for got in get(&other, &chunks[..2], now).await {
+        assert!(matches!(got, Got::Yours), "{got:?}");
+    }
+    // One whose queue is nearly full brings what there is room for.
+    let options = StoreTierOptions {
+        write_back_bytes: 30_000,
+        ..StoreTierOptions::default()
+    };
+    let full = host_with(client(&[&instance]), &registry, options);
+    let refs: Vec<_> = chunks[2..].iter().map(|c| c.spec.chunk).collect();
+    let (sink, mut inbox) = mpsc::channel(10);
+    full.tier.fetch(&refs, sink).await;
+    let mut told = Vec::new();
+    while let Some((index, delivery)) = inbox.recv().await {
+        assert!(delivery.is_err());
+        told.push(index);
+    }
+    told.sort_unstable();
+    assert_eq!(told, [0, 1], "each once");
+    let got = get(&other, &chunks[2..], now).await;
+    assert!(matches!(got[..], [Got::Coming, Got::Yours]), "{got:?}");
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -363,4 +405,75 @@ async fn a_store_that_dies_is_left_alone_and_used_again_when_it_is_back() {
     let asked = registry.asked().len();
     read_all(&host.image, &chunks).await;
     until(|| registry.asked().len() == asked).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn what_is_put_with_patience_outlasts_a_store_that_starts_anew() {
+    let chunks = chunks(20);
+    let engine = engine();
+    let instance = Instance::local(&engine).await;
+    let mut settings = StoreSettings::new(vec![instance.url.clone()]);
+    settings.patience = LONG;
+    let client = StoreClient::new(settings, &Guards::default()).unwrap();
+    put_all(&client, &chunks[..1]).await;
+    let listen = instance.kill().await;
+    let puts = {
+        let (client, chunks) = (client.clone(), self::chunks(20));
+        tokio::spawn(async move { put_all(&client, &chunks[1..]).await })
+    };
+    until(|| client.health().origins[0].openings >= 1).await;
+    let _back = Instance::start(&engine, Tenants::local(), &listen).await;
+    puts.await.unwrap();
+    assert_all_come(&chunks, get(&client, &chunks, None).await);
+}
+
+/// A certificate for 127.0.0.1 with its key, in files of this name; gives the certificate's.
+fn certificate(dir: &Path, name: &str) -> (PathBuf, PathBuf) {
+    let made = rcgen::generate_simple_self_signed(["127.0.0.1".to_owned()]).unwrap();
+    let files = (
+        dir.join(format!("{name}.pem")),
+        dir.join(format!("{name}.key")),
+    );
+    write_secret(&files.0, &made.cert.pem());
+    write_secret(&files.1, &made.signing_key.serialize_pem());
+    files
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn who_trusts_the_wrong_authority_harms_nobody_else_and_is_helped_by_a_new_file() {
+    let chunks = chunks(5);
+    let dir = tempfile::tempdir().unwrap();
+    let (right, key) = certificate(dir.path(), "right");
+    let (wrong, _) = certificate(dir.path(), "wrong");
+    let mut options = ServerOptions::at("127.0.0.1:0");
+    options.tls = Some(Tls::load(&right, &key).unwrap());
+    let instance = Instance::with(&engine(), Tenants::local(), options).await;
+    // One process, as a daemon with two mounts.
+    let guards = Guards::default();
+    let trusting = |ca: &Path| {
+        let mut settings = StoreSettings::new(vec![instance.url.clone()]);
+        settings.ca_file = Some(ca.to_owned());
+        StoreClient::new(settings, &guards).unwrap()
+    };
+    let (good, bad) = (trusting(&right), trusting(&wrong));
+    put_all(&good, &chunks).await;
+    for _ in 0..10 {
+        let got = get(&bad, &chunks, None).await;
+        assert!(got.iter().all(|got| matches!(got, Got::Failed(_))));
+    }
+    assert!(bad.health().origins[0].openings >= 1);
+    assert_eq!(good.health().origins[0].openings, 0);
+    assert_all_come(&chunks, get(&good, &chunks, None).await);
+    // A file that can be used needs no restart, and one that cannot changes nothing.
+    let pem = std::fs::read_to_string(&right).unwrap();
+    write_secret(&wrong, &pem);
+    write_secret(&right, "nothing");
+    let begun = Instant::now();
+    while matches!(get(&bad, &chunks, None).await[0], Got::Failed(_)) {
+        assert!(begun.elapsed() < LONG, "the file was never read again");
+        assert_all_come(&chunks, get(&good, &chunks, None).await);
+        tokio::time::sleep(Duration::from_millis(20)).await;
+    }
+    assert_all_come(&chunks, get(&bad, &chunks, None).await);
+    assert_all_come(&chunks, get(&good, &chunks, None).await);
 }

@@ -18,6 +18,9 @@ pub const FORMAT: u32 = 1;
 /// What begins the VERSION file.
 const VERSION_WORD: &str = "lazyimg-cache";
 
+/// Length of the lock's text that is read, in bytes.
+const LOCK_TEXT: u64 = 256;
+
 /// A cache directory that is ours alone until this is dropped.
 pub struct CacheDir {
     path: PathBuf,
@@ -52,8 +55,9 @@ fn try_lock(lock: &File) -> io::Result<bool> {
 }
 
 impl CacheDir {
-    /// Makes the directory if need be, takes the lock, checks the version.
-    pub fn open(path: &Path) -> Result<Self, CacheError> {
+    /// Makes the directory if need be, takes the lock, checks the version. `work`: for what, if not for
+    /// mounts.
+    pub fn open(path: &Path, work: Option<&str>) -> Result<Self, CacheError> {
         let io = |doing, path: &Path| {
             let path = path.to_owned();
             move |source: io::Error| CacheError::Io {
@@ -81,16 +85,22 @@ impl CacheDir {
             .map_err(io("open the lock", &lock_path))?;
         if !try_lock(&lock).map_err(io("lock", &lock_path))? {
             let mut text = String::new();
-            let _ = lock.read_to_string(&mut text);
+            let _ = (&lock).take(LOCK_TEXT).read_to_string(&mut text);
+            let (pid, work) = holder(&text);
             return Err(CacheError::Locked {
                 dir: path.to_owned(),
-                pid: text.trim().parse().ok(),
+                pid,
+                work,
             });
         }
-        // The pid is a courtesy to whoever finds the lock taken; a full disk may refuse it.
+        // The text is a courtesy to whoever finds the lock taken; a full disk may refuse it.
+        let text = match work {
+            Some(work) => format!("{}\n{work}\n", std::process::id()),
+            None => format!("{}\n", std::process::id()),
+        };
         let _ = lock
             .set_len(0)
-            .and_then(|()| writeln!(lock, "{}", std::process::id()));
+            .and_then(|()| lock.write_all(text.as_bytes()));
         let this = Self {
             path: path.to_owned(),
             dir,
@@ -192,6 +202,17 @@ impl CacheDir {
     }
 }
 
+/// Whose lock it is and what for, by its text.
+fn holder(text: &str) -> (Option<u32>, Option<String>) {
+    let mut lines = text.lines();
+    let pid = lines.next().and_then(|line| line.trim().parse().ok());
+    let work = lines.next().map(|line| {
+        let line = line.trim().chars().filter(|c| !c.is_control());
+        line.collect::<String>()
+    });
+    (pid, work.filter(|work| !work.is_empty()))
+}
+
 /// The text of VERSION: the format's number and a check, so that damage is no newer version.
 fn version_text(format: u32) -> String {
     let words = format!("{VERSION_WORD} {format}");
@@ -246,7 +267,7 @@ mod tests {
     fn a_newer_cache_is_refused_with_a_way_out() {
         let dir = tempfile::tempdir().unwrap();
         fs::write(dir.path().join("VERSION"), version_text(2)).unwrap();
-        let Err(e) = CacheDir::open(dir.path()) else {
+        let Err(e) = CacheDir::open(dir.path(), None) else {
             panic!("opened a newer format");
         };
         assert!(matches!(e, CacheError::Newer { found: 2, .. }));
@@ -257,7 +278,7 @@ mod tests {
     fn a_damaged_version_file_is_mended() {
         let dir = tempfile::tempdir().unwrap();
         fs::write(dir.path().join("VERSION"), "lazyimg-cache 3 78e2e655\n").unwrap();
-        drop(CacheDir::open(dir.path()).unwrap());
+        drop(CacheDir::open(dir.path(), None).unwrap());
         let text = fs::read_to_string(dir.path().join("VERSION")).unwrap();
         assert_eq!(text, version_text(FORMAT));
     }
@@ -266,10 +287,10 @@ mod tests {
     fn the_directory_is_private_to_its_user() {
         let dir = tempfile::tempdir().unwrap();
         let made = dir.path().join("a/b");
-        drop(CacheDir::open(&made).unwrap());
+        drop(CacheDir::open(&made, None).unwrap());
         assert_eq!(fs::metadata(&made).unwrap().mode() & 0o777, 0o700);
         fs::set_permissions(&made, fs::Permissions::from_mode(0o755)).unwrap();
-        drop(CacheDir::open(&made).unwrap());
+        drop(CacheDir::open(&made, None).unwrap());
         assert_eq!(fs::metadata(&made).unwrap().mode() & 0o777, 0o700);
     }
 
@@ -279,7 +300,7 @@ mod tests {
         std::os::unix::fs::chown(dir.path(), Some(12345), None)
             .expect("this test must run as root");
         assert!(matches!(
-            CacheDir::open(dir.path()),
+            CacheDir::open(dir.path(), None),
             Err(CacheError::NotOurs { owner: 12345, .. })
         ));
     }
@@ -287,12 +308,49 @@ mod tests {
     #[test]
     fn a_second_opener_learns_who_holds_the_lock() {
         let dir = tempfile::tempdir().unwrap();
-        let first = CacheDir::open(dir.path()).unwrap();
-        match CacheDir::open(dir.path()) {
-            Err(CacheError::Locked { pid, .. }) => assert_eq!(pid, Some(std::process::id())),
+        let first = CacheDir::open(dir.path(), None).unwrap();
+        match CacheDir::open(dir.path(), None) {
+            Err(error @ CacheError::Locked { .. }) => {
+                let pid = format!("process {}", std::process::id());
+                let text = error.to_string();
+                assert!(
+                    text.contains(&pid) && text.contains("lazyimg status"),
+                    "{text}"
+                );
+            }
             _ => panic!("two locks on one directory"),
         }
         drop(first);
-        assert!(CacheDir::open(dir.path()).is_ok());
+        assert!(CacheDir::open(dir.path(), None).is_ok());
+    }
+
+    #[test]
+    fn a_second_opener_learns_what_the_lock_is_held_for_and_that_this_will_end() {
+        let dir = tempfile::tempdir().unwrap();
+        let first = CacheDir::open(dir.path(), Some("lazyimg cache verify")).unwrap();
+        let Err(error @ CacheError::Locked { .. }) = CacheDir::open(dir.path(), None) else {
+            panic!("two locks on one directory");
+        };
+        let text = error.to_string();
+        let pid = format!("process {} (`lazyimg cache verify`)", std::process::id());
+        assert!(text.contains(&pid) && text.contains("try again"), "{text}");
+        assert!(!text.contains("lazyimg status"), "{text}");
+        drop(first);
+        // Nothing is left of it for the next holder.
+        let _mounts = CacheDir::open(dir.path(), None).unwrap();
+        let Err(error) = CacheDir::open(dir.path(), None) else {
+            panic!("two locks on one directory");
+        };
+        assert!(!error.to_string().contains("verify"), "{error}");
+    }
+
+    #[test]
+    fn a_lock_with_anything_in_it_is_only_a_lock() {
+        for text in ["", "\n", "x\ny\n", "-1", "99999999999999"] {
+            assert_eq!(holder(text).0, None, "{text:?}");
+        }
+        assert_eq!(holder("7\n"), (Some(7), None));
+        let (pid, work) = holder("7\na\u{1b}[2Jb\nc");
+        assert_eq!((pid, work.as_deref()), (Some(7), Some("a[2Jb")));
     }
 }

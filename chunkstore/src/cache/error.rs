@@ -9,12 +9,14 @@ use std::path::PathBuf;
 #[non_exhaustive]
 pub enum CacheError {
     /// Another process has it.
-    #[error("the cache {} is in use by {}; one daemon serves all mounts of a cache: ask it with `lazyimg status`, or choose another --cache-dir", dir.display(), pid.map_or("another process".to_owned(), |p| format!("process {p}")))]
+    #[error("the cache {} is in use by {}", dir.display(), holder(*pid, work.as_deref()))]
     Locked {
         /// The cache directory.
         dir: PathBuf,
         /// Who holds it, if that is known.
         pid: Option<u32>,
+        /// What for, if not for mounts.
+        work: Option<String>,
     },
     /// A newer lazyimg made it.
     #[error("the cache {} has format {found}, this lazyimg knows up to {known}: update lazyimg, choose another --cache-dir, or delete the directory (it holds only copies)", dir.display())]
@@ -55,4 +57,17 @@ pub enum CacheError {
         #[source]
         source: io::Error,
     },
+}
+
+/// Who has a cache, and what to do.
+fn holder(pid: Option<u32>, work: Option<&str>) -> String {
+    let who = pid.map_or("another process".to_owned(), |pid| format!("process {pid}"));
+    match work {
+        Some(work) => format!(
+            "{who} (`{work}`): try again when it is done, or stop it, which loses nothing; or choose another --cache-dir"
+        ),
+        None => format!(
+            "{who}; one daemon serves all mounts of a cache: ask it with `lazyimg status`, or choose another --cache-dir"
+        ),
+    }
 }

@@ -68,6 +68,9 @@ pub struct CacheOptions {
     pub segment_bytes: Option<u64>,
     /// How long caching rests after a write failed (full disk, read-only filesystem).
     pub rest: Duration,
+    /// What the cache is opened for, if not for mounts and if it will end: whoever finds it in use is
+    /// told. A command line.
+    pub work: Option<&'static str>,
 }
 
 impl CacheOptions {
@@ -78,6 +81,7 @@ impl CacheOptions {
             min_free_bytes: None,
             segment_bytes: None,
             rest: Duration::from_secs(5),
+            work: None,
         }
     }
 }
@@ -145,6 +149,7 @@ enum Job {
     Put(ChunkId, Bytes, OwnedSemaphorePermit),
     Rebuild,
     Flush(mpsc::SyncSender<()>),
+    Seal(mpsc::SyncSender<()>),
     Trim(u64, mpsc::SyncSender<()>),
     Stop,
 }
@@ -187,7 +192,7 @@ impl HostCache {
                 least: MIN_CACHE_BYTES,
             });
         }
-        let dir = CacheDir::open(dir)?;
+        let dir = CacheDir::open(dir, options.work)?;
         let shared = Arc::new(Shared {
             segments: Segments::list(dir.segments()),
             index: RwLock::new(None),
@@ -331,8 +336,18 @@ impl HostCache {
 
     /// Waits until all that was queued before is in the segments, or was dropped.
     pub fn flush(&self) {
+        self.have_done(Job::Flush);
+    }
+
+    /// Closes the segment that is appended to: the next opening takes the index's word for it.
+    fn seal(&self) {
+        self.have_done(Job::Seal);
+    }
+
+    /// Waits until the writer has done a job, if there is one still.
+    fn have_done(&self, job: impl FnOnce(mpsc::SyncSender<()>) -> Job) {
         let (done, wait) = mpsc::sync_channel(1);
-        if self.jobs.send(Job::Flush(done)).is_ok() {
+        if self.jobs.send(job(done)).is_ok() {
             let _ = wait.recv();
         }
     }
@@ -341,10 +356,7 @@ impl HostCache {
     /// used then. What readers miss afterwards is
     /// fetched again.
     pub fn trim(&self, bytes: u64) -> CacheStats {
-        let (done, wait) = mpsc::sync_channel(1);
-        if self.jobs.send(Job::Trim(bytes, done)).is_ok() {
-            let _ = wait.recv();
-        }
+        self.have_done(|done| Job::Trim(bytes, done));
         self.stats()
     }
 

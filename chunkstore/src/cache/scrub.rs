@@ -23,6 +23,15 @@ impl HostCache {
     /// meanwhile; what is evicted under it is passed over.
     pub fn scrub(&self, progress: &mut dyn FnMut(u64, u64) -> bool) -> Scrubbed {
         self.flush();
+        let scrubbed = self.read_all(progress);
+        if scrubbed.bad > 0 {
+            // The records of an open segment are noted again at the next opening, bad ones too.
+            self.seal();
+        }
+        scrubbed
+    }
+
+    fn read_all(&self, progress: &mut dyn FnMut(u64, u64) -> bool) -> Scrubbed {
         let mut scrubbed = Scrubbed::default();
         let segments = self.shared.segments.all();
         let total = segments.iter().map(|s| s.len()).sum();

@@ -228,6 +228,12 @@ impl Segments {
         // Dropped outside the lock: closing may block.
         let out = self.files.lock().push(number, Arc::clone(&file));
         drop(out);
+        // Deleted since it was opened: kept open, its disk would not become free. Either this or
+        // [`Segments::delete`], which takes the segment out of the list first, sees the other.
+        if self.get(number).is_none() {
+            let stale = self.files.lock().pop(&number);
+            drop(stale);
+        }
         Ok(file)
     }
 
@@ -361,4 +367,24 @@ fn read_record(file: &File, id: &ChunkId, at: Location) -> io::Result<Option<Vec
         }
     }
     Ok(Some(bytes))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_segment_that_is_deleted_while_a_reader_opens_it_is_not_kept_open() {
+        let dir = tempfile::tempdir().unwrap();
+        let segments = Segments::list(dir.path().to_owned());
+        let number = segments.next_number();
+        drop(segments.create(number).unwrap());
+        segments.files.lock().clear();
+        // What `delete` leaves behind for a reader that has opened the file just before.
+        segments.all.write().remove(&number);
+        let file = segments.file(number).unwrap();
+        assert!(!segments.files.lock().contains(&number));
+        // The reader still has it, and nobody else.
+        assert_eq!(Arc::strong_count(&file), 1);
+    }
 }

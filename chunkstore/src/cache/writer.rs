@@ -126,6 +126,10 @@ impl Writer {
                 Ok(Job::Flush(done)) => {
                     let _ = done.send(());
                 }
+                Ok(Job::Seal(done)) => {
+                    self.seal();
+                    let _ = done.send(());
+                }
                 Ok(Job::Trim(bytes, done)) => {
                     if let Err(e) = self.trim(bytes) {
                         self.recover(&e);

@@ -123,17 +123,27 @@ impl Breaker {
         }
     }
 
+    /// After which time to ask again; `None`: a request would pass now. Changes nothing.
+    pub fn wait(&self, now: Instant) -> Option<Duration> {
+        match &self.state {
+            State::Open { until, .. } if now < *until => Some(*until - now),
+            State::Probing { since, .. } if now.saturating_duration_since(*since) < PROBE_LOST => {
+                Some(PROBE_WISH)
+            }
+            State::Closed { .. } | State::Open { .. } | State::Probing { .. } => None,
+        }
+    }
+
     /// Whether a request may go out; else after which time to ask again.
     ///
     /// # Errors
     /// That time.
     pub fn enter(&mut self, now: Instant) -> Result<Entry, Duration> {
+        if let Some(wait) = self.wait(now) {
+            return Err(wait);
+        }
         let rest = match &self.state {
             State::Closed { .. } => return Ok(Entry::Normal),
-            State::Open { until, .. } if now < *until => return Err(*until - now),
-            State::Probing { since, .. } if now.saturating_duration_since(*since) < PROBE_LOST => {
-                return Err(PROBE_WISH);
-            }
             State::Open { rest, .. } | State::Probing { rest, .. } => *rest,
         };
         self.state = State::Probing { since: now, rest };
@@ -277,9 +287,12 @@ mod tests {
         let mut b = broken(now);
         let wait = b.enter(now).unwrap_err();
         assert!(wait <= Duration::from_millis(250));
+        assert_eq!(b.wait(now), Some(wait));
         let later = now + wait;
+        assert_eq!(b.wait(later), None);
         assert_eq!(b.enter(later), Ok(Entry::Probe));
         assert!(b.enter(later).is_err(), "one probe");
+        assert!(b.wait(later).is_some());
         assert!(!b.succeeded(Entry::Normal, later), "an old answer");
         assert_eq!(b.state(), BreakerState::HalfOpen);
         assert!(b.succeeded(Entry::Probe, later));

@@ -26,7 +26,7 @@ pub use breaker::{BreakerOptions, BreakerState};
 
 /// Origins remembered at once; those that nobody uses are forgotten first.
 const MAX_ORIGINS: usize = 1_024;
-/// A request that was given up after this long without an answer counts as a failure.
+/// A request that was given up when nothing had come for this long counts as a failure.
 const HUNG: Duration = Duration::from_secs(5);
 /// A hedge goes out when this part of the answers would have come.
 const HEDGE_QUANTILE: f64 = 0.95;
@@ -146,7 +146,8 @@ impl Guard {
                 Ok(Pass {
                     guard: Arc::clone(self),
                     entry,
-                    begun: Instant::now(),
+                    since: Instant::now(),
+                    heard: false,
                     told: false,
                 })
             }
@@ -157,23 +158,32 @@ impl Guard {
     /// [`Guard::enter`] that waits for an open breaker, but not beyond `until`.
     pub(crate) async fn enter_until(self: &Arc<Self>, until: Instant) -> Result<Pass, FetchError> {
         loop {
-            // Before the look: what changes after it wakes us.
-            let mut changed = std::pin::pin!(self.changed.notified());
-            changed.as_mut().enable();
             let refused = match self.enter() {
                 Ok(pass) => return Ok(pass),
                 Err(refused) => refused,
             };
-            let wish = match &refused {
-                FetchError::Unavailable { retry_after, .. } => retry_after.unwrap_or_default(),
-                _ => Duration::ZERO,
-            };
-            let left = until.saturating_duration_since(Instant::now());
-            if left.is_zero() || wish > left {
+            if !self.usable_until(until).await {
                 return Err(refused);
             }
+        }
+    }
+
+    /// Waits until a request would pass; false when that will not be before `until`.
+    pub(crate) async fn usable_until(&self, until: Instant) -> bool {
+        loop {
+            // Before the look: what changes after it wakes us.
+            let mut changed = std::pin::pin!(self.changed.notified());
+            changed.as_mut().enable();
+            let now = Instant::now();
+            let Some(wait) = self.breaker.lock().wait(now) else {
+                return true;
+            };
+            let left = until.saturating_duration_since(now);
+            if left.is_zero() || wait > left {
+                return false;
+            }
             // At least a millisecond, lest a clock's grain makes this spin.
-            let pause = wish.max(Duration::from_millis(1));
+            let pause = wait.max(Duration::from_millis(1));
             let _ = tokio::time::timeout(pause, changed).await;
         }
     }
@@ -214,9 +224,14 @@ impl Guard {
         self.first_bytes.add(time);
     }
 
-    /// Whether requests would pass now.
+    /// Whether all is well as far as is known.
     pub(crate) fn is_closed(&self) -> bool {
         self.breaker.lock().state() == BreakerState::Closed
+    }
+
+    /// Whether a request would pass now, be it as a probe.
+    pub(crate) fn is_usable(&self) -> bool {
+        self.breaker.lock().wait(Instant::now()).is_none()
     }
 }
 
@@ -224,15 +239,39 @@ impl Guard {
 pub(crate) struct Pass {
     guard: Arc<Guard>,
     entry: Entry,
-    begun: Instant,
+    /// When it began, or when bytes came last; later while it waits by intent.
+    since: Instant,
+    /// Whether anything of an answer has come.
+    heard: bool,
     told: bool,
 }
 
 impl Pass {
+    /// The origin was asked to take so long: silence until then says nothing.
+    pub fn waits(&mut self, by_intent: Duration) {
+        self.since += by_intent;
+    }
+
+    /// Bytes of a good answer came.
+    pub fn heard(&mut self) {
+        self.since = self.since.max(Instant::now());
+        self.heard = true;
+    }
+
+    /// The origin answered that it has too much to do: it lives. It earns no retries by that.
+    pub fn busy(mut self) {
+        self.told = true;
+        self.close();
+    }
+
     /// The origin answered: with what was asked for, or that it is not there, or not ours.
     pub fn succeeded(mut self) {
         self.told = true;
         self.guard.budget.put_back();
+        self.close();
+    }
+
+    fn close(&self) {
         let closed = self
             .guard
             .breaker
@@ -278,8 +317,11 @@ impl Drop for Pass {
         if self.told {
             return;
         }
-        if self.begun.elapsed() >= HUNG {
-            self.note_failure(&format!("no answer for {HUNG:?}"));
+        if self.since.elapsed() >= HUNG {
+            self.note_failure(&format!("nothing came for {HUNG:?}"));
+        } else if self.heard {
+            // Slow it may be, but it was answering.
+            self.close();
         } else {
             let mut breaker = self.guard.breaker.lock();
             breaker.cancelled(self.entry, Instant::now());
@@ -359,6 +401,61 @@ mod tests {
         drop(guard.enter_until(soon()).await.unwrap());
         let next = guard.enter_until(soon()).await.unwrap();
         assert_eq!(next.entry, Entry::Probe);
+    }
+
+    /// `pass`, as if all of it had been so much earlier.
+    fn aged(mut pass: Pass, by: Duration) -> Pass {
+        pass.since = pass.since.checked_sub(by).unwrap();
+        pass
+    }
+
+    #[test]
+    fn only_silence_counts_against_who_is_given_up_not_slowness() {
+        let guard = Guards::default().of("a");
+        for _ in 0..9 {
+            let mut flowing = aged(guard.enter().unwrap(), HUNG * 2);
+            flowing.heard();
+            drop(flowing);
+            let mut waits = guard.enter().unwrap();
+            waits.waits(HUNG);
+            drop(aged(waits, HUNG));
+            drop(guard.enter().unwrap());
+        }
+        assert!(guard.is_closed());
+        for _ in 0..5 {
+            drop(aged(guard.enter().unwrap(), HUNG));
+        }
+        assert!(!guard.is_closed());
+    }
+
+    #[tokio::test]
+    async fn a_probe_that_was_being_answered_when_it_was_given_up_closes_the_breaker() {
+        let guard = broken();
+        let mut probe = guard.enter_until(soon()).await.unwrap();
+        probe.heard();
+        drop(probe);
+        assert!(guard.is_closed());
+    }
+
+    #[tokio::test]
+    async fn an_origin_with_too_much_to_do_is_not_in_trouble() {
+        let guard = Guards::default().of("a");
+        for _ in 0..50 {
+            guard.enter().unwrap().busy();
+        }
+        assert!(guard.is_closed());
+        let rests = broken();
+        rests.enter_until(soon()).await.unwrap().busy();
+        assert!(rests.is_closed());
+    }
+
+    #[tokio::test]
+    async fn a_rest_that_is_over_is_seen_without_a_request() {
+        let guard = broken();
+        assert!(!guard.is_usable());
+        assert!(!guard.usable_until(Instant::now()).await);
+        assert!(guard.usable_until(soon()).await);
+        assert!(guard.is_usable() && !guard.is_closed());
     }
 
     #[tokio::test]

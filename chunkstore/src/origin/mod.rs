@@ -109,7 +109,7 @@ impl PackOrigin {
         let answer = self.ask(&run, patience).await.map_err(Arc::new);
         for member in &run.members {
             let result = match &answer {
-                Ok(bytes) => Ok(bytes.slice(member.start..member.start + member.len)),
+                Ok(bytes) => Ok(owned(bytes, member.start..member.start + member.len)),
                 Err(e) => Err(FetchError::Shared(Arc::clone(e))),
             };
             if sink.send((member.index, result)).await.is_err() {
@@ -197,6 +197,15 @@ impl PackOrigin {
             )));
         }
         Ok(bytes)
+    }
+}
+
+/// A chunk of a run, in memory of its own: the queues behind are bounded by the lengths of chunks, and
+/// a slice would keep the whole run, a hundred times longer, for as long as it waits there.
+fn owned(run: &Bytes, range: std::ops::Range<usize>) -> Bytes {
+    match range.len() == run.len() {
+        true => run.clone(),
+        false => Bytes::copy_from_slice(&run[range]),
     }
 }
 

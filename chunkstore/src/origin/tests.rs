@@ -50,6 +50,21 @@ async fn neighbours_cost_one_request() {
 }
 
 #[tokio::test]
+async fn a_chunk_does_not_keep_the_run_in_memory_that_it_came_in() {
+    let mut chunks: Vec<_> = (0..7).map(|n| test_chunk(n, 100_000)).collect();
+    let blobs = Arc::new(blobs_of(&mut chunks));
+    let origin = PackOrigin::new("registry", blobs.clone(), quick());
+    let results = fetch(&origin, &chunks).await;
+    assert_eq!(blobs.requests.lock().len(), 1, "one run");
+    for result in &results {
+        let Some(Ok(bytes)) = result else {
+            panic!("{result:?}");
+        };
+        assert!(bytes.is_unique(), "it shares its memory");
+    }
+}
+
+#[tokio::test]
 async fn requests_under_way_stay_bounded() {
     let mut chunks: Vec<_> = (0..80).map(|n| test_chunk(n, 70_000)).collect();
     let mut blobs = blobs_of(&mut chunks);

@@ -2,26 +2,30 @@
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use bytes::Bytes;
 use lazyimg_convergent::{ChunkId, MAX_STORED_LEN};
 use reqwest::header::{CONTENT_TYPE, HeaderName, HeaderValue};
-use reqwest::{Method, Response, StatusCode};
+use reqwest::{Method, StatusCode};
 use tokio::sync::mpsc;
 
 use super::error::StoreError;
-use super::exchange::{self, Ask};
-use super::fetch;
-use super::instances::{Instance, Instances, List, ranked};
+use super::exchange::{self, Answer, Ask};
+use super::fetch::{self, Effort};
+use super::instances::{Instances, List, ranked};
 use super::settings::{self, SettingsError, StoreSettings};
 use super::token::TokenFile;
 use crate::TierHealth;
 use crate::guard::{Guards, retry};
 use crate::wire::{IDS_TYPE, MAX_BATCH, REPAIR_HEADER, write_ids};
 
-/// How often a request is sent that is not for chunks.
-const ATTEMPTS: u32 = 3;
+/// How often a request is sent that is not for chunks, where there is no patience for more; once to
+/// each instance, if those are more, but not to more than these.
+const ATTEMPTS: usize = 3;
+const MOST_ATTEMPTS: usize = 8;
+/// Length of the longest answer that is but a word, in bytes.
+const MAX_WORD: usize = 64 << 10;
 
 /// What the store says of a chunk asked for.
 #[derive(Debug, Clone)]
@@ -61,6 +65,8 @@ pub(super) struct Shared {
     pub instances: Arc<Instances>,
     pub token: Option<TokenFile>,
     pub counters: Counters,
+    /// Bytes of what is being put.
+    pub uploading: AtomicU64,
     /// The addresses as they were given.
     pub origin: String,
 }
@@ -95,6 +101,7 @@ impl StoreClient {
                 instances,
                 token: settings.token_file.clone().map(TokenFile::new),
                 counters: Counters::default(),
+                uploading: AtomicU64::new(0),
                 origin: settings.urls.join(" "),
                 settings,
             }),
@@ -109,16 +116,15 @@ impl StoreClient {
     /// Asks for chunks, from the instances in their turn, and sends what is said of each as soon as
     /// it is said: index and answer, in any order, one for each unless `sink` is closed. With `wait`
     /// the asker can bring what is missing: the store tells who is to, and waits so long for others.
-    /// Each chunk is tried `attempts` times, first with the next instance in rank.
     pub async fn get_many(
         &self,
         ids: &[ChunkId],
         wait: Option<Duration>,
-        attempts: u32,
+        effort: Effort,
         sink: &mpsc::Sender<(usize, Got)>,
     ) {
         tokio::select! {
-            () = fetch::get_many(&self.shared, ids, wait, attempts.max(1), sink) => {}
+            () = fetch::get_many(&self.shared, ids, wait, effort, sink) => {}
             () = sink.closed() => {}
         }
     }
@@ -144,8 +150,8 @@ impl StoreClient {
             let name = HeaderName::from_static(REPAIR_HEADER);
             ask.headers.push((name, HeaderValue::from_static("1")));
         }
-        let (_, response) = self.call(id, &ask).await?;
-        Ok(match response.status() {
+        let answer = self.call(id, &ask, MAX_WORD).await?;
+        Ok(match answer.status {
             StatusCode::CREATED => PutOutcome::Put,
             _ => PutOutcome::Had,
         })
@@ -163,11 +169,10 @@ impl StoreClient {
             let ids_type = HeaderValue::from_static(IDS_TYPE);
             ask.headers.push((CONTENT_TYPE, ids_type));
             ask.body = write_ids(batch).into();
-            let (instance, response) = self.call(&batch[0], &ask).await?;
-            let flags = exchange::body(&instance, &ask, response, MAX_BATCH).await?;
+            let flags = self.call(&batch[0], &ask, MAX_BATCH).await?.body;
             if flags.len() != batch.len() || flags.iter().any(|flag| *flag > 1) {
                 return Err(StoreError::Protocol {
-                    instance: instance.name.clone(),
+                    instance: self.origin().to_owned(),
                     what: ask.what,
                     reason: format!("{} bytes for {} chunks", flags.len(), batch.len()),
                 });
@@ -199,50 +204,109 @@ impl StoreClient {
             headers: Vec::new(),
             body: Bytes::new(),
             stall: self.shared.settings.document_timeout,
+            by_intent: Duration::ZERO,
         }
     }
 
-    /// Sends a request to the instance that `key` ranks first, then to the next, until one answers.
+    /// Sends a request to the instance that `key` ranks first, then to the next, until one answers,
+    /// with at most `limit` bytes. In laps: when all that can be asked have failed, there is a pause.
     pub(super) async fn call(
         &self,
         key: &ChunkId,
         ask: &Ask,
-    ) -> Result<(Arc<Instance>, Response), StoreError> {
-        let list = self.shared.instances.list().await?;
-        let rank = ranked(&list, key);
-        let mut attempt = 1;
-        loop {
-            let instance = &list[rank[(attempt as usize - 1) % rank.len()]];
-            let error = match self.shared.send(instance, ask).await {
-                Ok(response) => return Ok((Arc::clone(instance), response)),
-                Err(error) => error,
+        limit: usize,
+    ) -> Result<Answer, StoreError> {
+        let patience = self.shared.settings.patience;
+        let patient = !patience.is_zero();
+        let until = Instant::now() + patience;
+        let mut tries = Tries::default();
+        for lap in 1.. {
+            let before = tries.sent;
+            let list = match self.shared.instances.list().await {
+                Ok(list) => Some(list),
+                Err(error) => {
+                    tries.last = Some(error);
+                    None
+                }
             };
-            let last = attempt >= ATTEMPTS.max(rank.len().min(8) as u32);
-            if last || !error.is_passing() {
+            if let Some(list) = &list
+                && let Some(answer) = self.lap(list, key, ask, limit, &mut tries).await?
+            {
+                return Ok(answer);
+            }
+            let Some(error) = tries.last.take() else {
+                break;
+            };
+            let enough = most(list.as_ref().map_or(1, |list| list.len()));
+            // A lap in which nobody could be asked: who has no patience does not wait for that.
+            let over = tries.sent >= enough || tries.sent == before;
+            if !error.is_passing() || error.needs_somebody() || (over && !patient) {
                 return Err(error);
             }
-            let asked = !matches!(error, StoreError::Resting(_));
-            if asked && !instance.guard.may_retry() {
+            let pause = match retry::pause(lap, error.wish(), retry::random()) {
+                None if patient => error.wish().unwrap_or_default(),
+                None => return Err(error),
+                Some(pause) => pause,
+            };
+            if patient && Instant::now() + pause >= until {
                 return Err(error);
             }
-            tracing::debug!(%error, attempt, "asking again");
-            // Another instance at once; the same one after a pause.
-            if attempt as usize >= rank.len() {
-                let wish = match &error {
-                    StoreError::Refused { retry_after, .. } => *retry_after,
-                    _ => None,
-                };
-                let Some(pause) = retry::pause(attempt, wish, retry::random()) else {
-                    return Err(error);
-                };
-                tokio::time::sleep(pause).await;
+            tracing::debug!(%error, lap, "asking again");
+            tries.last = Some(error);
+            tokio::time::sleep(pause).await;
+            if let Some(list) = &list
+                && patient
+            {
+                fetch::usable(list, until).await;
             }
-            self.shared
-                .counters
-                .retries
-                .fetch_add(u64::from(asked), Relaxed);
-            attempt += 1;
         }
+        Err(StoreError::NoInstance("none was asked".to_owned()))
+    }
+
+    /// Asks each instance that can be asked once, until one answers.
+    async fn lap(
+        &self,
+        list: &List,
+        key: &ChunkId,
+        ask: &Ask,
+        limit: usize,
+        tries: &mut Tries,
+    ) -> Result<Option<Answer>, StoreError> {
+        let shared = &self.shared;
+        let patient = !shared.settings.patience.is_zero();
+        fetch::probe_resting(shared, list, key);
+        let mut rank = ranked(list, key);
+        let askable = fetch::askable(list);
+        let resting = !askable.contains(&true);
+        if resting {
+            // The first tells why.
+            rank.truncate(1);
+        } else {
+            rank.retain(|at| askable[*at]);
+        }
+        let enough = most(list.len());
+        for (turn, at) in rank.into_iter().enumerate() {
+            let (instance, again) = (&list[at], tries.sent > 0);
+            // The first of a lap is paced by the pause before it, where there is patience. For the
+            // others whoever is to have the request again pays.
+            let free = !again || resting || (patient && turn == 0);
+            if !patient && tries.sent >= enough || !free && !instance.guard.may_retry() {
+                continue;
+            }
+            let answer = exchange::whole(shared, instance, ask, limit).await;
+            let was_asked = answer.as_ref().err().is_none_or(StoreError::was_asked);
+            tries.sent += usize::from(was_asked);
+            let retries = u64::from(again && was_asked);
+            shared.counters.retries.fetch_add(retries, Relaxed);
+            match answer {
+                Ok(answer) => return Ok(Some(answer)),
+                Err(error) if !error.is_passing() => return Err(error),
+                // What an instance said is worth more than that one was not asked.
+                Err(error) if was_asked || tries.last.is_none() => tries.last = Some(error),
+                Err(_) => {}
+            }
+        }
+        Ok(None)
     }
 
     /// The instances in rank for `key`: for tests of who is asked.
@@ -254,16 +318,15 @@ impl StoreClient {
     }
 }
 
-impl Shared {
-    /// One request under the instance's guard.
-    async fn send(&self, instance: &Arc<Instance>, ask: &Ask) -> Result<Response, StoreError> {
-        let pass = instance.guard.enter().map_err(StoreError::Resting)?;
-        self.counters.sent.fetch_add(1, Relaxed);
-        let answer = exchange::send(instance, &instance.http, self.token.as_ref(), ask).await;
-        match &answer {
-            Err(error) if error.is_passing() => pass.failed(error),
-            _ => pass.succeeded(),
-        }
-        answer
-    }
+/// What became of a call so far.
+#[derive(Default)]
+struct Tries {
+    /// Requests that were sent.
+    sent: usize,
+    last: Option<StoreError>,
+}
+
+/// How many requests may be sent where there is no patience.
+fn most(instances: usize) -> usize {
+    instances.clamp(ATTEMPTS, MOST_ATTEMPTS)
 }

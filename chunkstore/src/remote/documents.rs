@@ -12,19 +12,16 @@ use serde::{Deserialize, Serialize};
 
 use super::client::{PutOutcome, StoreClient};
 use super::error::{StoreError, StoreErrorCode};
-use super::exchange::{self, Ask};
-use crate::wire::{CACHED_HEADER, LEASE_HEADER};
+use super::exchange::{Answer, Ask};
+use crate::wire::{CACHED_HEADER, LEASE_HEADER, MAX_PROFILE};
 
-/// Length of the longest manifest, profile, JSON document, in bytes.
+/// Length of the longest manifest and JSON document, in bytes.
 const MAX_MANIFEST: usize = 64 << 20;
-const MAX_PROFILE: usize = 1 << 20;
 const MAX_JSON: usize = 64 << 10;
 /// Length of a list of manifests of one image, in bytes.
 const MAX_LIST: usize = 4 << 20;
 /// Length of the longest reference, in bytes.
 const MAX_REFERENCE: usize = 1024;
-/// The slowest link on which a manifest still goes through, in bytes per second.
-const SLOWEST_LINK: u64 = 128 << 10;
 
 /// What a tag meant when its image was converted.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -141,23 +138,19 @@ impl StoreClient {
         let mut ask = self.ask("get a manifest", Method::GET, path);
         ask.wait_for_others(wait);
         let rank = key_of(&image.to_string());
-        let (instance, response) = match self.call(&rank, &ask).await {
-            Ok(answer) => answer,
+        match self.call(&rank, &ask, MAX_MANIFEST).await {
+            Ok(answer) => Ok(ManifestAnswer::Found(answer.body)),
             Err(StoreError::Refused {
                 code: StoreErrorCode::NotFound,
                 lease,
                 ..
-            }) => {
-                return Ok(match lease.as_deref() {
-                    Some("yours") => ManifestAnswer::Yours,
-                    Some("coming") => ManifestAnswer::Coming,
-                    _ => ManifestAnswer::Missing,
-                });
-            }
-            Err(error) => return Err(error),
-        };
-        let body = exchange::body(&instance, &ask, response, MAX_MANIFEST).await?;
-        Ok(ManifestAnswer::Found(body))
+            }) => Ok(match lease.as_deref() {
+                Some("yours") => ManifestAnswer::Yours,
+                Some("coming") => ManifestAnswer::Coming,
+                _ => ManifestAnswer::Missing,
+            }),
+            Err(error) => Err(error),
+        }
     }
 
     /// Puts a manifest for others to find, though its chunks may not be there: it does not make the
@@ -174,7 +167,6 @@ impl StoreClient {
         let path = image_path(image, &["manifests", &key.to_string()]);
         let mut ask = self.ask("put a manifest", Method::PUT, path);
         within(manifest.len(), MAX_MANIFEST, "manifest")?;
-        ask.stall += Duration::from_secs(manifest.len() as u64 / SLOWEST_LINK);
         ask.body = manifest;
         let name = HeaderName::from_static(CACHED_HEADER);
         ask.headers.push((name, HeaderValue::from_static("1")));
@@ -197,7 +189,6 @@ impl StoreClient {
         let path = image_path(image, &["manifests", &key.to_string()]);
         let mut ask = self.ask("put a manifest", Method::PUT, path);
         within(manifest.len(), MAX_MANIFEST, "manifest")?;
-        ask.stall += Duration::from_secs(manifest.len() as u64 / SLOWEST_LINK);
         ask.body = manifest;
         self.put_document(&key_of(&image.to_string()), &ask).await
     }
@@ -261,7 +252,7 @@ impl StoreClient {
         let mut ask = self.ask("put a profile", Method::PUT, path);
         ask.body = profile;
         let key = key_of(&image.to_string());
-        self.call(&key, &ask).await.map(|_| ())
+        self.call(&key, &ask, MAX_JSON).await.map(|_| ())
     }
 
     /// Takes a start profile away; false when there was none.
@@ -288,7 +279,8 @@ impl StoreClient {
         if let Some(wait) = wait {
             ask.wait_for_others(wait);
         }
-        let (instance, response) = match self.call(&key_of(reference), &ask).await {
+        let Answer { headers, body, .. } = match self.call(&key_of(reference), &ask, MAX_JSON).await
+        {
             Ok(answer) => answer,
             Err(StoreError::Refused {
                 code: StoreErrorCode::NotFound,
@@ -303,8 +295,7 @@ impl StoreClient {
             }
             Err(error) => return Err(error),
         };
-        let etag = etag(response.headers());
-        let body = exchange::body(&instance, &ask, response, MAX_JSON).await?;
+        let etag = etag(&headers);
         let RefDocument { image, at } = self.json(&ask, &body)?;
         Ok(RefAnswer::Found(RefRecord { image, at, etag }))
     }
@@ -342,7 +333,9 @@ impl StoreClient {
         ask.body = serde_json::to_vec(&document)
             .map_err(|e| StoreError::Limit(e.to_string()))?
             .into();
-        self.call(&key_of(reference), &ask).await.map(|_| ())
+        self.call(&key_of(reference), &ask, MAX_JSON)
+            .await
+            .map(|_| ())
     }
 
     /// Takes a reference away; false when there was none.
@@ -371,24 +364,22 @@ impl StoreClient {
         ask: &Ask,
         limit: usize,
     ) -> Result<Option<Bytes>, StoreError> {
-        match self.call(key, ask).await {
-            Ok((instance, response)) => exchange::body(&instance, ask, response, limit)
-                .await
-                .map(Some),
+        match self.call(key, ask, limit).await {
+            Ok(answer) => Ok(Some(answer.body)),
             Err(error) => not_found(error),
         }
     }
 
     async fn put_document(&self, key: &ChunkId, ask: &Ask) -> Result<PutOutcome, StoreError> {
-        let (_, response) = self.call(key, ask).await?;
-        Ok(match response.status() {
+        let answer = self.call(key, ask, MAX_JSON).await?;
+        Ok(match answer.status {
             StatusCode::CREATED => PutOutcome::Put,
             _ => PutOutcome::Had,
         })
     }
 
     async fn delete(&self, key: &ChunkId, ask: &Ask) -> Result<bool, StoreError> {
-        match self.call(key, ask).await {
+        match self.call(key, ask, MAX_JSON).await {
             Ok(_) => Ok(true),
             Err(error) => not_found::<()>(error).map(|_| false),
         }

@@ -6,6 +6,7 @@ use std::time::Duration;
 use lazyimg_convergent::ChunkId;
 
 use super::frames::FrameError;
+use crate::guard::Pass;
 use crate::{FetchError, Source};
 
 /// The codes of the store's errors: `docs/store.md`.
@@ -98,6 +99,18 @@ pub enum StoreError {
         #[source]
         source: Source,
     },
+    /// The instance is not who it should be, or one of both speaks TLS and the other does not.
+    #[error("{instance}: {what} failed: {advice} ({cause})")]
+    Tls {
+        /// The instance's address.
+        instance: String,
+        /// What was asked.
+        what: &'static str,
+        /// What to do.
+        advice: &'static str,
+        /// What is wrong.
+        cause: String,
+    },
     /// Nothing came in time.
     #[error("{instance}: {what}: nothing came within {limit:?}")]
     TimedOut {
@@ -184,12 +197,44 @@ impl StoreError {
         use StoreErrorCode::{Busy, Unavailable};
         match self {
             Self::Transport { .. }
+            | Self::Tls { .. }
             | Self::TimedOut { .. }
             | Self::Protocol { .. }
             | Self::Resting(_)
             | Self::NoInstance(_) => true,
             Self::Refused { code, .. } => matches!(code, Busy | Unavailable),
             Self::Setup(_) | Self::Token { .. } | Self::Limit(_) => false,
+        }
+    }
+
+    /// Whether another instance may answer, but this one will not by itself.
+    pub(super) fn needs_somebody(&self) -> bool {
+        matches!(self, Self::Tls { .. })
+    }
+
+    /// Tells the guard what this says of the instance.
+    pub(super) fn tell(&self, pass: Pass) {
+        match self {
+            // Nothing was sent.
+            Self::Setup(_) | Self::Token { .. } | Self::Limit(_) | Self::NoInstance(_) => {
+                drop(pass);
+            }
+            _ if self.code() == Some(StoreErrorCode::Busy) => pass.busy(),
+            _ if self.is_passing() => pass.failed(self),
+            _ => pass.succeeded(),
+        }
+    }
+
+    /// Whether a request was sent: what follows it is another attempt.
+    pub(super) fn was_asked(&self) -> bool {
+        !matches!(self, Self::Resting(_) | Self::NoInstance(_))
+    }
+
+    /// After which time the store wished to be asked again, if it said so.
+    pub(super) fn wish(&self) -> Option<Duration> {
+        match self {
+            Self::Refused { retry_after, .. } => *retry_after,
+            _ => None,
         }
     }
 

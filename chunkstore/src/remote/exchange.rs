@@ -1,22 +1,26 @@
 //! One request to one instance.
 
-use std::time::Duration;
+use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
+use std::time::{Duration, Instant};
 
 use bytes::Bytes;
 use lazyimg_convergent::{ChunkId, Digest};
-use reqwest::header::{AUTHORIZATION, HeaderName, HeaderValue, RETRY_AFTER};
-use reqwest::{Method, Response, Url};
+use reqwest::header::{AUTHORIZATION, HeaderMap, HeaderName, HeaderValue, RETRY_AFTER};
+use reqwest::{Client, Method, Response, StatusCode, Url};
 use serde::Deserialize;
 
+use super::client::Shared;
 use super::error::{StoreError, StoreErrorCode};
 use super::instances::Instance;
-use super::token::TokenFile;
 use crate::wire::{MAX_WAIT_MS, REQUEST_ID_HEADER, WAIT_HEADER};
 
 /// Length of an error's body that is read, in bytes: a list of 10,000 chunks fits.
 const MAX_ERROR: usize = 1 << 20;
 /// Length of the store's words that are passed on, in characters.
 const MAX_MESSAGE: usize = 300;
+
+/// The slowest link on which documents and what is put still go through, in bytes per second.
+const SLOWEST_LINK: u64 = 128 << 10;
 
 /// A request, as often as it is sent.
 pub(super) struct Ask {
@@ -27,8 +31,18 @@ pub(super) struct Ask {
     pub path: Vec<String>,
     pub headers: Vec<(HeaderName, HeaderValue)>,
     pub body: Bytes,
-    /// How long the head of the answer may take once connected, and each piece of its body.
+    /// How long the head of the answer may take once connected, and each piece of its body. What is
+    /// put has as much longer as the slowest link takes.
     pub stall: Duration,
+    /// How much of that the store was asked to take.
+    pub by_intent: Duration,
+}
+
+/// An answer and its whole body.
+pub(super) struct Answer {
+    pub status: StatusCode,
+    pub headers: HeaderMap,
+    pub body: Bytes,
 }
 
 impl Ask {
@@ -38,29 +52,31 @@ impl Ask {
         let millis = millis.min(MAX_WAIT_MS);
         let name = HeaderName::from_static(WAIT_HEADER);
         self.headers.push((name, HeaderValue::from(millis)));
-        self.stall += Duration::from_millis(millis);
+        self.by_intent = Duration::from_millis(millis);
+        self.stall += self.by_intent;
     }
 }
 
 /// Sends `ask`; `http` is one of the instance's clients. An answer of another status than 2xx is an
 /// error.
 pub(super) async fn send(
+    shared: &Shared,
     instance: &Instance,
-    http: &reqwest::Client,
-    token: Option<&TokenFile>,
+    http: &Client,
     ask: &Ask,
 ) -> Result<Response, StoreError> {
+    let token = shared.token.as_ref();
     let mut authorization = match token {
         Some(token) => Some(token.header(false).await?),
         None => None,
     };
     let mut again = false;
     loop {
-        let (response, request) = once(instance, http, authorization.as_ref(), ask).await?;
+        let (response, request) = once(shared, instance, http, authorization.as_ref(), ask).await?;
         if response.status().is_success() {
             return Ok(response);
         }
-        if response.status() == reqwest::StatusCode::UNAUTHORIZED
+        if response.status() == StatusCode::UNAUTHORIZED
             && !again
             && let Some(token) = token
         {
@@ -77,8 +93,9 @@ pub(super) async fn send(
 }
 
 async fn once(
+    shared: &Shared,
     instance: &Instance,
-    http: &reqwest::Client,
+    http: &Client,
     authorization: Option<&HeaderValue>,
     ask: &Ask,
 ) -> Result<(Response, String), StoreError> {
@@ -98,11 +115,57 @@ async fn once(
     if ask.method != Method::GET {
         builder = builder.body(ask.body.clone());
     }
-    let response = tokio::time::timeout(ask.stall, builder.send())
-        .await
-        .map_err(|_| timed_out(instance, ask))?
-        .map_err(|error| transport(instance, ask, error))?;
+    // What is put at once shares one link.
+    let uploading = (ask.method == Method::PUT).then(|| Uploading::new(shared, ask.body.len()));
+    let most = || match &uploading {
+        Some(uploading) => ask.stall + uploading.time(),
+        None => ask.stall,
+    };
+    let begun = Instant::now();
+    let mut limit = most();
+    let mut sending = std::pin::pin!(builder.send());
+    let response = loop {
+        let left = limit.saturating_sub(begun.elapsed());
+        if let Ok(response) = tokio::time::timeout(left, sending.as_mut()).await {
+            break response.map_err(|error| transport(instance, ask, error))?;
+        }
+        // Others may have begun to send meanwhile.
+        let longer = most();
+        if longer <= limit {
+            return Err(timed_out(instance, ask, limit));
+        }
+        limit = longer;
+    };
     Ok((response, request))
+}
+
+/// A body on its way, counted among those of the client.
+struct Uploading<'a> {
+    all: &'a AtomicU64,
+    len: u64,
+}
+
+impl<'a> Uploading<'a> {
+    fn new(shared: &'a Shared, len: usize) -> Self {
+        let (all, len) = (&shared.uploading, len as u64);
+        all.fetch_add(len, Relaxed);
+        Self { all, len }
+    }
+
+    /// What all that are on their way take on the slowest link.
+    fn time(&self) -> Duration {
+        on_the_slowest_link(self.all.load(Relaxed))
+    }
+}
+
+impl Drop for Uploading<'_> {
+    fn drop(&mut self) {
+        self.all.fetch_sub(self.len, Relaxed);
+    }
+}
+
+fn on_the_slowest_link(len: u64) -> Duration {
+    Duration::from_millis(len.saturating_mul(1000) / SLOWEST_LINK)
 }
 
 /// The next piece of an answer's body.
@@ -110,15 +173,17 @@ pub(super) async fn piece(
     instance: &Instance,
     ask: &Ask,
     response: &mut Response,
+    limit: Duration,
 ) -> Result<Option<Bytes>, StoreError> {
-    tokio::time::timeout(ask.stall, response.chunk())
+    tokio::time::timeout(limit, response.chunk())
         .await
-        .map_err(|_| timed_out(instance, ask))?
+        .map_err(|_| timed_out(instance, ask, limit))?
         .map_err(|error| transport(instance, ask, error))
 }
 
-/// A whole body of at most `limit` bytes.
-pub(super) async fn body(
+/// A whole body of at most `limit` bytes. However it trickles, it takes no longer than it would on
+/// the slowest link.
+async fn body(
     instance: &Instance,
     ask: &Ask,
     mut response: Response,
@@ -132,14 +197,49 @@ pub(super) async fn body(
     if response.content_length().is_some_and(|n| n > limit as u64) {
         return Err(too_long());
     }
+    let begun = Instant::now();
     let mut all = Vec::new();
-    while let Some(piece) = piece(instance, ask, &mut response).await? {
+    loop {
+        let whole = ask.stall + on_the_slowest_link(all.len() as u64);
+        let left = whole.saturating_sub(begun.elapsed());
+        if left.is_zero() {
+            return Err(timed_out(instance, ask, whole));
+        }
+        let patience = left.min(ask.stall);
+        let Some(piece) = piece(instance, ask, &mut response, patience).await? else {
+            return Ok(all.into());
+        };
         if all.len() + piece.len() > limit {
             return Err(too_long());
         }
         all.extend_from_slice(&piece);
     }
-    Ok(all.into())
+}
+
+/// [`send`] and the whole of the answer, at most `limit` bytes, under the instance's guard.
+pub(super) async fn whole(
+    shared: &Shared,
+    instance: &Instance,
+    ask: &Ask,
+    limit: usize,
+) -> Result<Answer, StoreError> {
+    let mut pass = instance.guard.enter().map_err(StoreError::Resting)?;
+    pass.waits(ask.by_intent);
+    shared.counters.sent.fetch_add(1, Relaxed);
+    let answer = async {
+        let response = send(shared, instance, &instance.clients.http, ask).await?;
+        Ok(Answer {
+            status: response.status(),
+            headers: response.headers().clone(),
+            body: body(instance, ask, response, limit).await?,
+        })
+    };
+    let answer: Result<Answer, StoreError> = answer.await;
+    match &answer {
+        Ok(_) => pass.succeeded(),
+        Err(error) => error.tell(pass),
+    }
+    answer
 }
 
 fn address(root: &Url, path: &[String]) -> Url {
@@ -151,19 +251,34 @@ fn address(root: &Url, path: &[String]) -> Url {
     url
 }
 
-fn timed_out(instance: &Instance, ask: &Ask) -> StoreError {
+fn timed_out(instance: &Instance, ask: &Ask, limit: Duration) -> StoreError {
     StoreError::TimedOut {
         instance: instance.name.clone(),
         what: ask.what,
-        limit: ask.stall,
+        limit,
     }
 }
 
 fn transport(instance: &Instance, ask: &Ask, error: reqwest::Error) -> StoreError {
-    StoreError::Transport {
-        instance: instance.name.clone(),
-        what: ask.what,
-        source: Box::new(error.without_url()),
+    let error = error.without_url();
+    let cause = crate::error::chain(&error);
+    let (instance, what) = (instance.name.clone(), ask.what);
+    let advice = if cause.contains("InvalidContentType") || cause.contains("corrupt message") {
+        "the store does not speak TLS; if it is meant to serve in clear, write http://"
+    } else if cause.contains("certificate") {
+        "its certificate is not trusted; name a file with that of its authority with --store-ca"
+    } else {
+        return StoreError::Transport {
+            instance,
+            what,
+            source: Box::new(error),
+        };
+    };
+    StoreError::Tls {
+        instance,
+        what,
+        advice,
+        cause,
     }
 }
 

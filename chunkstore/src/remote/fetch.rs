@@ -1,4 +1,8 @@
-//! Get many: chunks from many instances, with another try and hedges.
+//! Get many: which instance is asked for which chunk, and who is asked when it fails.
+//!
+//! In laps: each chunk is asked of its instances in rank, one after another; those that rest are
+//! passed over. When all have failed, somebody else is asked (the next tier), or there is a pause
+//! and another lap.
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
@@ -6,128 +10,287 @@ use std::sync::atomic::Ordering::Relaxed;
 use std::time::{Duration, Instant};
 
 use futures_util::StreamExt;
+use futures_util::future::select_ok;
 use lazyimg_convergent::ChunkId;
-use reqwest::header::{CONTENT_TYPE, HeaderName, HeaderValue};
-use reqwest::{Client, Method, Response};
 use tokio::sync::mpsc;
 
+use super::answer;
 use super::client::{Got, Shared};
 use super::error::{StoreError, StoreErrorCode};
-use super::exchange::{self, Ask};
-use super::frames::{Frame, FrameParser};
-use super::instances::{Instance, List, ranked};
-use crate::guard::{Pass, retry};
-use crate::wire::{FRAMES_TYPE, FrameKind, IDS_TYPE, MAX_WAIT_MS, WAIT_HEADER, write_ids};
+use super::instances::{List, ranked};
+use crate::guard::retry;
 
 /// Chunks in one request: their answers share a connection, one after another.
 const MAX_IDS: usize = 64;
 /// Requests of one call under way at once.
 const REQUESTS: usize = 4;
-const WHAT: &str = "get chunks";
+/// Instances that are asked for a chunk where somebody else can be asked too.
+const BRIEF_TURNS: usize = 2;
+/// How long one that is busy is waited for, where somebody else can be asked.
+const BRIEF_WISH: Duration = Duration::from_secs(2);
+/// When one that is busy does not say when to come again.
+const USUAL_WISH: Duration = Duration::from_millis(500);
+/// So many answers that are not of a store are believed, of whoever is asked for long.
+const BELIEVED: u32 = 4;
+
+/// How hard chunks are tried for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Effort {
+    /// Somebody else can be asked: each chunk is asked of two instances. One that has too much to
+    /// do is asked once more when it said to come again soon.
+    Brief,
+    /// Nobody else has them: they are asked for again and again for so long, and instances that
+    /// rest are waited for.
+    Patient(Duration),
+}
 
 /// A chunk that has not come.
-struct Wanted {
-    index: usize,
-    id: ChunkId,
+pub(super) struct Wanted {
+    pub index: usize,
+    pub id: ChunkId,
     /// Instances in rank.
-    rank: Vec<usize>,
-    /// How often it was asked for.
-    tried: usize,
+    pub rank: Vec<usize>,
+    /// Those that were asked in this lap.
+    asked: Vec<usize>,
+    /// Requests that were sent for it.
+    sent: u32,
+    /// Answers that were not of a store.
+    strange: u32,
     error: Option<Arc<StoreError>>,
 }
 
+impl Wanted {
+    /// Who is to be asked next; nobody when all that can be were asked.
+    fn target(&self, usable: &[bool]) -> Option<usize> {
+        let new = |at: &&usize| !self.asked.contains(at);
+        let mut rank = self.rank.iter().filter(new);
+        match rank.clone().find(|at| usable[**at]) {
+            Some(at) => Some(*at),
+            // It tells why.
+            None if self.asked.is_empty() => rank.next().copied(),
+            None => None,
+        }
+    }
+
+    fn failed(&mut self, at: usize, error: &Arc<StoreError>) {
+        self.asked.push(at);
+        self.sent += u32::from(error.was_asked());
+        self.strange += u32::from(matches!(**error, StoreError::Protocol { .. }));
+        self.error = Some(Arc::clone(error));
+    }
+
+    fn may_pass(&self) -> bool {
+        self.error.as_ref().is_none_or(|error| error.is_passing())
+    }
+
+    /// When the instance that was too busy said to come again.
+    fn wish(&self) -> Option<Duration> {
+        let error = self.error.as_deref()?;
+        match error.code() {
+            Some(StoreErrorCode::Busy) => Some(error.wish().unwrap_or(USUAL_WISH)),
+            _ => None,
+        }
+    }
+}
+
+/// One call.
+struct Call<'a> {
+    shared: &'a Arc<Shared>,
+    wait: Option<Duration>,
+    effort: Effort,
+    sink: &'a mpsc::Sender<(usize, Got)>,
+}
+
 pub(super) async fn get_many(
-    shared: &Shared,
+    shared: &Arc<Shared>,
     ids: &[ChunkId],
     wait: Option<Duration>,
-    attempts: u32,
+    effort: Effort,
     sink: &mpsc::Sender<(usize, Got)>,
 ) {
-    let list = match shared.instances.list().await {
-        Ok(list) => list,
-        Err(error) => {
-            let error = Arc::new(error);
-            for index in 0..ids.len() {
-                let _ = sink.send((index, Got::Failed(Arc::clone(&error)))).await;
-            }
-            return;
-        }
+    let call = Call {
+        shared,
+        wait,
+        effort,
+        sink,
     };
+    let begun = Instant::now();
     let mut wanted: Vec<Wanted> = ids
         .iter()
         .enumerate()
         .map(|(index, id)| Wanted {
             index,
             id: *id,
-            rank: usable_first(&list, ranked(&list, id)),
-            tried: 0,
+            rank: Vec::new(),
+            asked: Vec::new(),
+            sent: 0,
+            strange: 0,
             error: None,
         })
         .collect();
-    for attempt in 1..=attempts {
-        let groups = grouped(wanted, &list);
-        let left: Vec<Vec<Wanted>> = futures_util::stream::iter(groups)
-            .map(|(at, group)| ask_group(shared, &list, at, group, wait, sink))
-            .buffer_unordered(REQUESTS)
-            .collect()
-            .await;
-        wanted = Vec::new();
-        for one in left.into_iter().flatten() {
-            let passing = one.error.as_ref().is_some_and(|e| e.is_passing());
-            // The same instance again only for those who have nobody else to ask.
-            let another = one.tried < one.rank.len();
-            if attempt < attempts && passing && (another || attempts > 2) {
-                wanted.push(one);
-            } else if !fail(sink, one).await {
+    for lap in 1.. {
+        let list = match shared.instances.list().await {
+            Ok(list) => {
+                wanted = call.lap(&list, wanted).await;
+                Some(list)
+            }
+            Err(error) => {
+                let error = Arc::new(error);
+                for one in &mut wanted {
+                    one.error = Some(Arc::clone(&error));
+                }
+                None
+            }
+        };
+        let (again, over) = call.again(lap, begun, wanted);
+        for one in over {
+            if !call.fail(one).await {
                 return;
             }
         }
+        wanted = again;
         if wanted.is_empty() {
             return;
         }
-        // One token for all: they go out together again.
-        let asked = wanted
-            .iter()
-            .filter(|w| !matches!(w.error.as_deref(), Some(StoreError::Resting(_))));
-        if let Some(first) = asked.map(|w| w.rank[(w.tried - 1) % w.rank.len()]).next() {
-            if !list[first].guard.may_retry() {
+        call.pause(lap, begun, list.as_ref(), &wanted).await;
+    }
+}
+
+impl Call<'_> {
+    /// Asks for each chunk until it comes or nobody is left to ask; gives back those that did not.
+    async fn lap(&self, list: &List, mut wanted: Vec<Wanted>) -> Vec<Wanted> {
+        let Some(first) = wanted.first() else {
+            return wanted;
+        };
+        probe_resting(self.shared, list, &first.id);
+        for one in &mut wanted {
+            one.rank = ranked(list, &one.id);
+            one.asked.clear();
+        }
+        let mut over = Vec::new();
+        let turns = match self.effort {
+            Effort::Brief => BRIEF_TURNS,
+            Effort::Patient(_) => list.len(),
+        };
+        for turn in 0..turns {
+            let (groups, nobody) = grouped(wanted, list);
+            over.extend(nobody);
+            let mut paid = Vec::new();
+            for (at, group) in groups {
+                match self.may_send(list, turn, at, &group) {
+                    true => paid.push((at, group)),
+                    false => over.extend(group),
+                }
+            }
+            let left: Vec<Vec<Wanted>> = futures_util::stream::iter(paid)
+                .map(|(at, group)| self.ask(list, at, group))
+                .buffer_unordered(REQUESTS)
+                .collect()
+                .await;
+            wanted = Vec::new();
+            for one in left.into_iter().flatten() {
+                match one.may_pass() {
+                    true => wanted.push(one),
+                    false => over.push(one),
+                }
+            }
+            if wanted.is_empty() {
                 break;
             }
-            shared.counters.retries.fetch_add(1, Relaxed);
         }
-        if wanted.iter().any(|w| w.tried >= w.rank.len())
-            && let Some(pause) = retry::pause(attempt, None, retry::random())
-        {
-            tokio::time::sleep(pause).await;
-        }
+        over.extend(wanted);
+        over
     }
-    for one in wanted {
-        if !fail(sink, one).await {
+
+    /// Whether a request may be sent: one for chunks that were asked for before costs whoever is to
+    /// have it a token, unless a pause came before it and more pauses would.
+    fn may_send(&self, list: &List, turn: usize, at: usize, group: &[Wanted]) -> bool {
+        if group.iter().all(|one| one.sent == 0) {
+            return true;
+        }
+        let paced = turn == 0 && matches!(self.effort, Effort::Patient(_));
+        let may = paced || list[at].guard.may_retry();
+        self.shared
+            .counters
+            .retries
+            .fetch_add(u64::from(may), Relaxed);
+        may
+    }
+
+    /// Asks one instance; gives back what did not come, with why.
+    async fn ask(&self, list: &List, at: usize, mut group: Vec<Wanted>) -> Vec<Wanted> {
+        let (result, come) =
+            answer::deliver(self.shared, list, at, &group, self.wait, self.sink).await;
+        let error = Arc::new(match result {
+            Err(error) => error,
+            // What the instance could not read.
+            Ok(()) => StoreError::Refused {
+                instance: list[at].name.clone(),
+                what: answer::WHAT,
+                code: StoreErrorCode::Unavailable,
+                message: "the store could not read the chunk now".to_owned(),
+                retry_after: None,
+                request: String::new(),
+                chunks: Vec::new(),
+                lease: None,
+            },
+        });
+        let mut come = come.into_iter();
+        group.retain(|_| !come.next().unwrap_or(false));
+        for one in &mut group {
+            one.failed(at, &error);
+        }
+        group
+    }
+
+    /// Those that are to have another lap, and those that are not.
+    fn again(&self, lap: u32, begun: Instant, wanted: Vec<Wanted>) -> (Vec<Wanted>, Vec<Wanted>) {
+        wanted.into_iter().partition(|one| match self.effort {
+            Effort::Brief => lap == 1 && one.wish().is_some_and(|wish| wish <= BRIEF_WISH),
+            Effort::Patient(patience) => {
+                begun.elapsed() < patience && one.may_pass() && one.strange < BELIEVED
+            }
+        })
+    }
+
+    /// The pause before another lap.
+    async fn pause(&self, lap: u32, begun: Instant, list: Option<&List>, wanted: &[Wanted]) {
+        let wishes = wanted.iter().filter_map(|one| one.error.as_ref()?.wish());
+        let wish = match self.effort {
+            Effort::Brief => wanted.iter().filter_map(Wanted::wish).max(),
+            Effort::Patient(_) => wishes.max(),
+        };
+        let pause = retry::pause(lap, wish, retry::random()).or(wish);
+        let Effort::Patient(patience) = self.effort else {
+            tokio::time::sleep(pause.unwrap_or_default()).await;
             return;
+        };
+        let left = patience.saturating_sub(begun.elapsed());
+        tokio::time::sleep(pause.unwrap_or_default().min(left)).await;
+        if let Some(list) = list {
+            usable(list, begun + patience).await;
         }
+    }
+
+    async fn fail(&self, one: Wanted) -> bool {
+        let got = match one.error {
+            Some(error) => Got::Failed(error),
+            None => Got::Missing,
+        };
+        self.sink.send((one.index, got)).await.is_ok()
     }
 }
 
-async fn fail(sink: &mpsc::Sender<(usize, Got)>, one: Wanted) -> bool {
-    let got = match one.error {
-        Some(error) => Got::Failed(error),
-        None => Got::Missing,
-    };
-    sink.send((one.index, got)).await.is_ok()
-}
-
-/// Instances whose breaker is open come last.
-fn usable_first(list: &List, mut rank: Vec<usize>) -> Vec<usize> {
-    rank.sort_by_key(|at| !list[*at].guard.is_closed());
-    rank
-}
-
-/// One group for each request: its instance, and its chunks in the order asked for.
-fn grouped(wanted: Vec<Wanted>, list: &List) -> Vec<(usize, Vec<Wanted>)> {
+/// One group for each request: its instance, and its chunks in the order asked for. And the chunks
+/// for which nobody is left to ask.
+fn grouped(wanted: Vec<Wanted>, list: &List) -> (Vec<(usize, Vec<Wanted>)>, Vec<Wanted>) {
+    let usable = askable(list);
     let mut by_instance: BTreeMap<usize, Vec<Wanted>> = BTreeMap::new();
+    let mut nobody = Vec::new();
     for one in wanted {
-        if let Some(at) = one.rank.get(one.tried % list.len().max(1)) {
-            by_instance.entry(*at).or_default().push(one);
+        match one.target(&usable) {
+            Some(at) => by_instance.entry(at).or_default().push(one),
+            None => nobody.push(one),
         }
     }
     let mut groups = Vec::new();
@@ -137,250 +300,47 @@ fn grouped(wanted: Vec<Wanted>, list: &List) -> Vec<(usize, Vec<Wanted>)> {
             groups.push((at, group.by_ref().take(MAX_IDS).collect()));
         }
     }
-    groups
+    (groups, nobody)
 }
 
-/// Asks one instance, with a hedge; gives back what did not come, with why.
-async fn ask_group(
-    shared: &Shared,
-    list: &List,
-    at: usize,
-    mut group: Vec<Wanted>,
-    wait: Option<Duration>,
-    sink: &mpsc::Sender<(usize, Got)>,
-) -> Vec<Wanted> {
-    let mut come = vec![false; group.len()];
-    let result = deliver(shared, list, at, &group, &mut come, wait, sink).await;
-    let error = Arc::new(match result {
-        Err(error) => error,
-        // What the instance could not read.
-        Ok(()) => StoreError::Refused {
-            instance: list[at].name.clone(),
-            what: WHAT,
-            code: StoreErrorCode::Unavailable,
-            message: "the store could not read the chunk now".to_owned(),
-            retry_after: None,
-            request: String::new(),
-            chunks: Vec::new(),
-            lease: None,
-        },
+/// Which instances can be asked: those that are well; with none of them, those that have rested.
+pub(super) fn askable(list: &List) -> Vec<bool> {
+    let well: Vec<bool> = list.iter().map(|i| i.guard.is_closed()).collect();
+    match well.contains(&true) {
+        true => well,
+        false => list.iter().map(|i| i.guard.is_usable()).collect(),
+    }
+}
+
+/// Waits until one of these instances can be asked, or it is sure that none can be before `until`.
+pub(super) async fn usable(list: &List, until: Instant) {
+    let waits = list.iter().map(|instance| {
+        Box::pin(async move {
+            match instance.guard.usable_until(until).await {
+                true => Ok(()),
+                false => Err(()),
+            }
+        })
     });
-    let mut come = come.into_iter();
-    group.retain(|_| !come.next().unwrap_or(false));
-    for one in &mut group {
-        one.tried += 1;
-        one.error = Some(Arc::clone(&error));
+    if !list.is_empty() {
+        let _ = select_ok(waits).await;
     }
-    group
 }
 
-async fn deliver(
-    shared: &Shared,
-    list: &List,
-    at: usize,
-    group: &[Wanted],
-    come: &mut [bool],
-    wait: Option<Duration>,
-    sink: &mpsc::Sender<(usize, Got)>,
-) -> Result<(), StoreError> {
-    let (mut answer, first) = open_hedged(shared, list, at, group, wait).await?;
-    let mut frame = Some(first);
-    let (mut good, mut failed) = (0, 0);
-    let result = loop {
-        let next = match frame.take() {
-            Some(frame) => Ok(Some(frame)),
-            None => answer.next().await,
+/// Finds out, with a request of its own, whether instances that have rested are back: while others
+/// answer, no reader is to wait for one that may not. With none that is well, whoever asks finds out.
+pub(super) fn probe_resting(shared: &Arc<Shared>, list: &List, id: &ChunkId) {
+    if !list.iter().any(|instance| instance.guard.is_closed()) {
+        return;
+    }
+    for instance in list.iter() {
+        if instance.guard.is_closed() || !instance.guard.is_usable() {
+            continue;
+        }
+        let Ok(pass) = instance.guard.enter() else {
+            continue;
         };
-        let Frame { index, kind, chunk } = match next {
-            Ok(Some(frame)) => frame,
-            Ok(None) => break Ok(()),
-            Err(error) => break Err(error),
-        };
-        let got = match kind {
-            FrameKind::Chunk => Got::Chunk(chunk),
-            FrameKind::Missing => Got::Missing,
-            FrameKind::Yours => Got::Yours,
-            FrameKind::Coming => Got::Coming,
-            FrameKind::Damaged => Got::Damaged,
-            FrameKind::Failed | FrameKind::End => {
-                failed += 1;
-                continue;
-            }
-        };
-        good += 1;
-        come[index] = true;
-        if sink.send((group[index].index, got)).await.is_err() {
-            break Ok(());
-        }
-    };
-    match &result {
-        Err(error) => answer.pass.failed(error),
-        Ok(()) if failed > 0 && good == 0 => {
-            answer.pass.failed(&"it cannot read its chunks");
-        }
-        Ok(()) => answer.pass.succeeded(),
-    }
-    result
-}
-
-/// An answer that has begun.
-struct Answer {
-    instance: Arc<Instance>,
-    ask: Ask,
-    response: Response,
-    parser: FrameParser,
-    pass: Pass,
-}
-
-impl Answer {
-    async fn next(&mut self) -> Result<Option<Frame>, StoreError> {
-        loop {
-            let frames = |e| StoreError::frames(&self.instance.name, WHAT, &e);
-            if let Some(frame) = self.parser.next_frame().map_err(frames)? {
-                return Ok(Some(frame));
-            }
-            // An end frame is the end, whenever the connection says so.
-            if self.parser.is_ended() {
-                return Ok(None);
-            }
-            match exchange::piece(&self.instance, &self.ask, &mut self.response).await? {
-                Some(piece) => self.parser.push(piece),
-                None => {
-                    self.parser.finish().map_err(frames)?;
-                    return Ok(None);
-                }
-            }
-        }
-    }
-}
-
-/// The answer of the instance, or of another one that was asked beside it because it was slow.
-async fn open_hedged(
-    shared: &Shared,
-    list: &List,
-    at: usize,
-    group: &[Wanted],
-    wait: Option<Duration>,
-) -> Result<(Answer, Frame), StoreError> {
-    let instance = &list[at];
-    let mut first = std::pin::pin!(open(shared, instance, &instance.http, group, wait));
-    // Who waits for others to bring something is slow by intent.
-    let after = match wait {
-        None => instance.guard.hedge_after(shared.settings.hedge_floor),
-        Some(_) => None,
-    };
-    let Some(after) = after else {
-        return first.await;
-    };
-    if let Ok(answer) = tokio::time::timeout(after, first.as_mut()).await {
-        return answer;
-    }
-    if !instance.guard.may_hedge() {
-        return first.await;
-    }
-    shared.counters.hedges.fetch_add(1, Relaxed);
-    let other = group[0]
-        .rank
-        .iter()
-        .find(|other| **other != at && list[**other].guard.is_closed());
-    let (other, http) = match other {
-        Some(other) => (&list[*other], &list[*other].http),
-        None => (instance, &instance.hedge_http),
-    };
-    let mut second = std::pin::pin!(open(shared, other, http, group, wait));
-    tokio::select! {
-        answer = first.as_mut() => match answer {
-            Ok(answer) => Ok(answer),
-            Err(error) => second.await.map_err(|_| error),
-        },
-        answer = second.as_mut() => match answer {
-            Ok((answer, frame)) if frame.kind == FrameKind::Chunk => {
-                shared.counters.hedges_won.fetch_add(1, Relaxed);
-                Ok((answer, frame))
-            }
-            _ => first.await,
-        },
-    }
-}
-
-/// Sends the request and waits for its first frame.
-async fn open(
-    shared: &Shared,
-    instance: &Arc<Instance>,
-    http: &Client,
-    group: &[Wanted],
-    wait: Option<Duration>,
-) -> Result<(Answer, Frame), StoreError> {
-    let pass = instance.guard.enter().map_err(StoreError::Resting)?;
-    shared.counters.sent.fetch_add(1, Relaxed);
-    let begun = Instant::now();
-    let opened = async {
-        let ask = ask(shared, group, wait);
-        let response = exchange::send(instance, http, shared.token.as_ref(), &ask).await?;
-        let is_frames = response
-            .headers()
-            .get(CONTENT_TYPE)
-            .is_some_and(|value| value == FRAMES_TYPE);
-        if !is_frames {
-            return Err(StoreError::Protocol {
-                instance: instance.name.clone(),
-                what: WHAT,
-                reason: "it is not made of frames".to_owned(),
-            });
-        }
-        Ok((ask, response))
-    };
-    let (ask, response) = match opened.await {
-        Ok(opened) => opened,
-        Err(error) => {
-            match error.is_passing() {
-                true => pass.failed(&error),
-                false => pass.succeeded(),
-            }
-            return Err(error);
-        }
-    };
-    let mut answer = Answer {
-        instance: Arc::clone(instance),
-        ask,
-        response,
-        parser: FrameParser::new(group.len()),
-        pass,
-    };
-    let error = match answer.next().await {
-        Ok(Some(frame)) => {
-            if frame.kind == FrameKind::Chunk {
-                instance.guard.first_byte(begun.elapsed());
-            }
-            return Ok((answer, frame));
-        }
-        // Of a request for nothing.
-        Ok(None) => StoreError::Limit("no chunk was asked for".to_owned()),
-        Err(error) => error,
-    };
-    answer.pass.failed(&error);
-    Err(error)
-}
-
-fn ask(shared: &Shared, group: &[Wanted], wait: Option<Duration>) -> Ask {
-    let ids_type = HeaderValue::from_static(IDS_TYPE);
-    let mut headers = vec![(CONTENT_TYPE, ids_type)];
-    let mut stall = shared.settings.stall_timeout;
-    if let Some(wait) = wait {
-        let millis = u64::try_from(wait.as_millis()).unwrap_or(u64::MAX);
-        let millis = millis.min(MAX_WAIT_MS);
-        headers.push((
-            HeaderName::from_static(WAIT_HEADER),
-            HeaderValue::from(millis),
-        ));
-        stall += Duration::from_millis(millis);
-    }
-    Ask {
-        what: WHAT,
-        method: Method::POST,
-        path: vec!["chunks".into(), "get".into()],
-        headers,
-        body: write_ids(group.iter().map(|one| &one.id)).into(),
-        stall,
+        let (shared, instance, id) = (Arc::clone(shared), Arc::clone(instance), *id);
+        tokio::spawn(async move { answer::probe(&shared, &instance, pass, id).await });
     }
 }

@@ -1,15 +1,18 @@
 //! The instances of the store, and which one is asked for what.
 
+use std::collections::HashMap;
+use std::net::SocketAddr;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use lazyimg_convergent::ChunkId;
 use parking_lot::RwLock;
-use reqwest::{Certificate, Client, Url};
+use reqwest::Url;
 use sha2::{Digest as _, Sha256};
 
 use super::error::StoreError;
-use super::settings::{Http2, Place, StoreSettings};
+use super::http::{Clients, MakeClient};
+use super::settings::{Place, StoreSettings};
 use crate::guard::{Guard, Guards};
 
 /// How often a name is looked up again.
@@ -20,32 +23,28 @@ const LOOK_UP_AGAIN: Duration = Duration::from_secs(2);
 const LONGEST_LOOK_UP: Duration = Duration::from_secs(5);
 /// Addresses of a name that are used, at most.
 const MAX_ADDRESSES: usize = 256;
-/// How long an idle connection is kept.
-const POOL_IDLE: Duration = Duration::from_secs(60);
-/// HTTP/2: bytes under way in one answer, and on one connection.
-const STREAM_WINDOW: u32 = 2 << 20;
-const CONNECTION_WINDOW: u32 = 16 << 20;
+/// How often the file of authorities is looked at.
+const LOOK_AT_AUTHORITIES: Duration = Duration::from_secs(2);
 
 /// One instance.
 pub(super) struct Instance {
-    /// Its address, for messages; the name of its guard.
+    /// Its address, for messages.
     pub name: String,
     pub url: Url,
-    pub http: Client,
-    /// For a hedge to the same instance: other connections.
-    pub hedge_http: Client,
+    pub clients: Clients,
     pub guard: Arc<Guard>,
     seed: u64,
 }
 
-/// A list of instances at one time.
+/// A list of instances at one time. Never empty once it was given out.
 pub(super) type List = Arc<[Arc<Instance>]>;
 
 pub(super) struct Instances {
     place: Place,
-    make: MakeClient,
+    make: Arc<MakeClient>,
     guards: Guards,
     state: RwLock<State>,
+    /// Held by whoever changes the list.
     looking: tokio::sync::Mutex<()>,
 }
 
@@ -53,36 +52,29 @@ struct State {
     list: List,
     /// When a name is to be looked up again; `None`: never was.
     next: Option<Instant>,
+    /// Why the last look-up found nothing.
+    failure: Option<String>,
+    /// When the file of authorities is to be looked at again.
+    next_authorities: Instant,
 }
 
 impl Instances {
     pub fn new(place: Place, settings: &StoreSettings, guards: Guards) -> Result<Self, StoreError> {
-        let make = MakeClient::new(settings)?;
+        let make = Arc::new(MakeClient::new(settings)?);
         let list: List = match &place {
             Place::Dns(_) => Arc::new([]),
-            Place::List(urls) => {
-                let any_tls = urls.iter().any(|url| url.scheme() == "https");
-                let (http, hedge_http) = (make.client(any_tls, None)?, make.client(any_tls, None)?);
-                urls.iter()
-                    .map(|url| {
-                        let name = url.as_str().trim_end_matches('/').to_owned();
-                        Arc::new(Instance {
-                            seed: seed(&name),
-                            guard: guards.of(&name),
-                            name,
-                            url: url.clone(),
-                            http: http.clone(),
-                            hedge_http: hedge_http.clone(),
-                        })
-                    })
-                    .collect()
-            }
+            Place::List(urls) => of_urls(urls, &make, &guards)?,
         };
         Ok(Self {
             place,
             make,
             guards,
-            state: RwLock::new(State { list, next: None }),
+            state: RwLock::new(State {
+                list,
+                next: None,
+                failure: None,
+                next_authorities: Instant::now() + LOOK_AT_AUTHORITIES,
+            }),
             looking: tokio::sync::Mutex::default(),
         })
     }
@@ -90,24 +82,40 @@ impl Instances {
     /// The instances now. Looks a name up in the background when that is due; waits only when none
     /// is known.
     pub async fn list(self: &Arc<Self>) -> Result<List, StoreError> {
-        let Place::Dns(url) = &self.place else {
-            return Ok(Arc::clone(&self.state.read().list));
+        let known = |state: &State| {
+            let waits = state.next.is_some_and(|next| Instant::now() < next);
+            match &state.failure {
+                Some(failure) if waits && state.list.is_empty() => {
+                    Err(StoreError::NoInstance(failure.clone()))
+                }
+                _ => Ok(Arc::clone(&state.list)),
+            }
         };
-        let (list, due) = {
-            let state = self.state.read();
-            let due = state.next.is_none_or(|next| Instant::now() >= next);
-            (Arc::clone(&state.list), due)
+        let (list, authorities_due, name_due) = {
+            let (state, now) = (self.state.read(), Instant::now());
+            (
+                known(&state)?,
+                self.make.ca_file().is_some() && now >= state.next_authorities,
+                state.next.is_none_or(|next| now >= next),
+            )
+        };
+        if authorities_due {
+            let instances = Arc::clone(self);
+            tokio::spawn(async move { instances.look_at_authorities().await });
+        }
+        let Place::Dns(url) = &self.place else {
+            return Ok(list);
         };
         if list.is_empty() {
             let _looking = self.looking.lock().await;
             // Somebody else may have been faster.
-            let list = Arc::clone(&self.state.read().list);
+            let list = known(&self.state.read())?;
             if !list.is_empty() {
                 return Ok(list);
             }
             return self.look_up(url).await;
         }
-        if due {
+        if name_due {
             let instances = Arc::clone(self);
             let url = url.clone();
             tokio::spawn(async move {
@@ -127,7 +135,10 @@ impl Instances {
     }
 
     async fn look_up(&self, url: &Url) -> Result<List, StoreError> {
-        let found = self.addresses(url).await;
+        let found = match self.addresses(url).await {
+            Ok(addresses) => self.at_addresses(url, addresses).await,
+            Err(error) => Err(error),
+        };
         let mut state = self.state.write();
         let wait = if found.is_ok() {
             LOOK_UP
@@ -135,32 +146,74 @@ impl Instances {
             LOOK_UP_AGAIN
         };
         state.next = Some(Instant::now() + wait);
-        let mut list = Vec::new();
-        for address in found? {
-            let name = format!("{}://{address}", url.scheme());
-            // An instance that stays keeps its connections.
-            let known = state.list.iter().find(|i| i.name == name);
-            list.push(match known {
-                Some(known) => Arc::clone(known),
-                None => {
-                    let tls = url.scheme() == "https";
-                    let at = url.host_str().map(|host| (host, address));
-                    Arc::new(Instance {
-                        seed: seed(&name),
-                        guard: self.guards.of(&name),
-                        url: url.clone(),
-                        http: self.make.client(tls, at)?,
-                        hedge_http: self.make.client(tls, at)?,
-                        name,
-                    })
-                }
-            });
+        match found {
+            Ok(list) => {
+                state.failure = None;
+                state.list = Arc::clone(&list);
+                Ok(list)
+            }
+            Err(error) => {
+                state.failure = Some(match &error {
+                    StoreError::NoInstance(text) => text.clone(),
+                    other => other.to_string(),
+                });
+                Err(error)
+            }
         }
-        state.list = list.into();
-        Ok(Arc::clone(&state.list))
     }
 
-    async fn addresses(&self, url: &Url) -> Result<Vec<std::net::SocketAddr>, StoreError> {
+    async fn at_addresses(&self, url: &Url, at: Vec<SocketAddr>) -> Result<List, StoreError> {
+        let (known, url) = (self.known(), url.clone());
+        let (make, guards) = (Arc::clone(&self.make), self.guards.clone());
+        aside(move || {
+            at.into_iter()
+                .map(|address| {
+                    let name = format!("{}://{address}", url.scheme());
+                    // An instance that stays keeps its connections.
+                    match known.iter().find(|i| i.name == name) {
+                        Some(known) => Ok(Arc::clone(known)),
+                        None => {
+                            let clients = make.clients(&url, Some(address))?;
+                            Ok(Instance::new(name, &url, clients, &make, &guards))
+                        }
+                    }
+                })
+                .collect()
+        })
+        .await
+    }
+
+    /// New connections trust the authorities that the file has now.
+    async fn look_at_authorities(&self) {
+        // Whoever looks a name up has the list for now; the next request tries again.
+        let Ok(_looking) = self.looking.try_lock() else {
+            return;
+        };
+        self.state.write().next_authorities = Instant::now() + LOOK_AT_AUTHORITIES;
+        let (place, known) = (self.place.clone(), self.known());
+        let (make, guards) = (Arc::clone(&self.make), self.guards.clone());
+        let list = aside(move || {
+            if !make.reread() {
+                return Ok(known);
+            }
+            match place {
+                Place::List(urls) => of_urls(&urls, &make, &guards),
+                Place::Dns(url) => known
+                    .iter()
+                    .map(|i| {
+                        let clients = make.clients(&url, i.name_address())?;
+                        Ok(Instance::new(i.name.clone(), &url, clients, &make, &guards))
+                    })
+                    .collect(),
+            }
+        });
+        match list.await {
+            Ok(list) => self.state.write().list = list,
+            Err(error) => tracing::warn!(%error, "going on with the connections that were there"),
+        }
+    }
+
+    async fn addresses(&self, url: &Url) -> Result<Vec<SocketAddr>, StoreError> {
         let host = url.host_str().unwrap_or_default();
         let host = host.trim_start_matches('[').trim_end_matches(']');
         let port = url.port_or_known_default().unwrap_or(443);
@@ -183,79 +236,62 @@ impl Instances {
     }
 }
 
-/// Makes HTTP clients that are alike.
-struct MakeClient {
-    http2: Http2,
-    connect_timeout: Duration,
-    authorities: Vec<Certificate>,
-    loopback: bool,
-}
-
-impl MakeClient {
-    fn new(settings: &StoreSettings) -> Result<Self, StoreError> {
-        let authorities = match &settings.ca_file {
-            None => Vec::new(),
-            Some(path) => std::fs::read(path)
-                .map_err(|e| format!("cannot read {}: {e}", path.display()))
-                .and_then(|pem| {
-                    let found = Certificate::from_pem_bundle(&pem)
-                        .map_err(|e| format!("{} is not PEM: {e}", path.display()))?;
-                    (!found.is_empty())
-                        .then_some(found)
-                        .ok_or_else(|| format!("{} has no certificate", path.display()))
-                })
-                .map_err(|text| StoreError::Setup(text.into()))?,
+impl Instance {
+    fn new(
+        name: String,
+        url: &Url,
+        clients: Clients,
+        make: &MakeClient,
+        guards: &Guards,
+    ) -> Arc<Self> {
+        // Who trusts other authorities may fail where others do not.
+        let guard = match make.ca_file() {
+            Some(path) if url.scheme() == "https" => {
+                guards.of(&format!("{name} (trusting {})", path.display()))
+            }
+            _ => guards.of(&name),
         };
-        let local = ["127.0.0.1", "[::1]", "localhost"];
-        Ok(Self {
-            http2: settings.http2,
-            connect_timeout: settings.connect_timeout,
-            authorities,
-            loopback: settings
-                .urls
-                .iter()
-                .all(|url| local.iter().any(|host| url.contains(&format!("//{host}")))),
+        Arc::new(Self {
+            seed: seed(&name),
+            guard,
+            name,
+            url: url.clone(),
+            clients,
         })
     }
 
-    fn client(
-        &self,
-        tls: bool,
-        at: Option<(&str, std::net::SocketAddr)>,
-    ) -> Result<Client, StoreError> {
-        let mut builder = Client::builder()
-            .user_agent(concat!("lazyimg/", env!("CARGO_PKG_VERSION")))
-            .redirect(reqwest::redirect::Policy::none())
-            // What may be tried again, and where, is decided here.
-            .retry(reqwest::retry::never())
-            .connect_timeout(self.connect_timeout)
-            .pool_idle_timeout(POOL_IDLE)
-            .tcp_nodelay(true)
-            .tcp_keepalive(Duration::from_secs(30))
-            .http2_initial_stream_window_size(STREAM_WINDOW)
-            .http2_initial_connection_window_size(CONNECTION_WINDOW)
-            .http2_keep_alive_interval(Duration::from_secs(15))
-            .http2_keep_alive_timeout(Duration::from_secs(5))
-            .referer(false);
-        builder = match self.http2 {
-            Http2::Negotiated => builder,
-            Http2::Always => builder.http2_prior_knowledge(),
-            Http2::Never => builder.http1_only(),
-        };
-        if self.loopback {
-            builder = builder.no_proxy();
-        }
-        if !tls {
-            // The system's certificates take some 30 ms to load.
-            builder = builder.tls_certs_only([]);
-        } else if !self.authorities.is_empty() {
-            builder = builder.tls_certs_merge(self.authorities.clone());
-        }
-        if let Some((host, address)) = at {
-            builder = builder.resolve(host, address);
-        }
-        builder.build().map_err(|e| StoreError::Setup(Box::new(e)))
+    /// The address in the name of an instance that DNS gave.
+    fn name_address(&self) -> Option<SocketAddr> {
+        self.name.split_once("://")?.1.parse().ok()
     }
+}
+
+/// The instances of a list. Those that speak TLS share their clients, and so do the others.
+fn of_urls(urls: &[Url], make: &MakeClient, guards: &Guards) -> Result<List, StoreError> {
+    let mut shared: HashMap<&str, Clients> = HashMap::new();
+    let mut list = Vec::with_capacity(urls.len());
+    for url in urls {
+        let clients = match shared.get(url.scheme()) {
+            Some(clients) => clients.clone(),
+            None => {
+                let made = make.clients(url, None)?;
+                shared.insert(url.scheme(), made.clone());
+                made
+            }
+        };
+        let name = url.as_str().trim_end_matches('/').to_owned();
+        list.push(Instance::new(name, url, clients, make, guards));
+    }
+    Ok(list.into())
+}
+
+/// What takes long enough to hold up a thread that serves others.
+async fn aside<T: Send + 'static>(
+    work: impl FnOnce() -> Result<T, StoreError> + Send + 'static,
+) -> Result<T, StoreError> {
+    tokio::task::spawn_blocking(work)
+        .await
+        .unwrap_or_else(|e| Err(StoreError::Setup(Box::new(e))))
 }
 
 /// An instance's part of its score. The same for every host that names it alike.
@@ -346,7 +382,19 @@ mod tests {
         assert!(list.iter().all(|i| i.name.ends_with(":7")));
         let again = instances.list().await.unwrap();
         assert!(Arc::ptr_eq(&list[0], &again[0]));
-        let none = found("dns+http://nothing.invalid:7").list().await;
-        assert!(matches!(none, Err(StoreError::NoInstance(_))));
+        let none = found("dns+http://nothing.invalid:7");
+        let looked = none.list().await;
+        assert!(matches!(looked, Err(StoreError::NoInstance(_))));
+        // Those who come next are told what the look-up has told.
+        {
+            let mut state = none.state.write();
+            assert!(state.failure.is_some() && state.next.is_some());
+            state.failure = Some("as it was".to_owned());
+            state.next = Some(Instant::now() + Duration::from_secs(3600));
+        }
+        let _looking = none.looking.lock().await;
+        let told = tokio::time::timeout(Duration::from_secs(30), none.list()).await;
+        let told = told.expect("it was looked up").err().unwrap().to_string();
+        assert!(told.ends_with("as it was"), "{told}");
     }
 }

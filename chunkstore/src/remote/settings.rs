@@ -28,7 +28,8 @@ pub struct StoreSettings {
     pub urls: Vec<String>,
     /// A file with the tenant's token. It is read again when it changes. `None`: no token.
     pub token_file: Option<PathBuf>,
-    /// A file of PEM certificates of authorities that are trusted beside the system's.
+    /// A file of PEM certificates of authorities that are trusted beside the system's. It is read
+    /// again when it changes.
     pub ca_file: Option<PathBuf>,
     /// Which version of HTTP.
     pub http2: Http2,
@@ -36,8 +37,12 @@ pub struct StoreSettings {
     pub connect_timeout: Duration,
     /// A request for chunks gives up when this long nothing has come, after connecting too.
     pub stall_timeout: Duration,
-    /// The same for documents, and for what is put: the store may have to wait for its disks.
+    /// The same for documents, and for what is put: the store may have to wait for its disks. What is
+    /// long has a second more for each 128 KiB.
     pub document_timeout: Duration,
+    /// How long documents and what is put are tried while instances fail, rest or are busy. Zero: a
+    /// few times at once, then somebody else is asked.
+    pub patience: Duration,
     /// A request for chunks whose first has not come when most have, and not before this, is sent to
     /// a second instance, as long as such hedges are at most 5 % of an instance's requests.
     pub hedge_floor: Duration,
@@ -54,6 +59,7 @@ impl StoreSettings {
             connect_timeout: Duration::from_secs(1),
             stall_timeout: Duration::from_secs(2),
             document_timeout: Duration::from_secs(10),
+            patience: Duration::ZERO,
             hedge_floor: Duration::from_millis(20),
         }
     }

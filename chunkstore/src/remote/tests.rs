@@ -1,212 +1,23 @@
 //! The client against a small store in memory that has the faults it is told to have. Against the
 //! real one: `chunkstore/service/tests/client.rs`.
 
-use std::collections::HashMap;
+mod fake;
+mod trouble;
+
 use std::sync::Arc;
-use std::sync::atomic::{AtomicUsize, Ordering::Relaxed};
+use std::sync::atomic::Ordering::Relaxed;
 use std::time::{Duration, Instant};
 
-use bytes::Bytes;
-use lazyimg_convergent::ChunkId;
-use parking_lot::Mutex;
-use tokio::io::{AsyncReadExt, AsyncWriteExt};
-use tokio::net::{TcpListener, TcpStream};
 use tokio::runtime::Handle;
 use tokio::sync::mpsc;
 
 use super::*;
 use crate::guard::{BreakerState, Guards};
-use crate::testing::{Fault, FaultyTier, TestChunk, flipped, test_chunk};
-use crate::wire::{FRAMES_TYPE, FrameHead, FrameKind, parse_ids};
+use crate::testing::{Fault, FaultyTier, TestChunk, test_chunk};
 use crate::{ImageStore, MountStats, Store, StoreOptions, Tier};
+use fake::{Fake, Mode};
 
 const LONG: Duration = Duration::from_secs(30);
-
-/// What is wrong with the store.
-#[derive(Clone, Copy, PartialEq, Debug)]
-enum Mode {
-    Good,
-    /// 503.
-    Down,
-    /// No answer.
-    Hang,
-    /// Gets end after half of their bytes.
-    CutOff,
-    /// Flipped bits.
-    Wrong,
-    /// Puts are 403.
-    ReadOnly,
-    /// Something that is no store.
-    WebPage,
-}
-
-struct Fake {
-    url: String,
-    chunks: Mutex<HashMap<ChunkId, Bytes>>,
-    mode: Mutex<Mode>,
-    /// So many gets hang first.
-    hang_first: AtomicUsize,
-    token: Mutex<Option<String>>,
-    /// Method, path, and whether it was a repair.
-    asked: Mutex<Vec<(String, bool)>>,
-}
-
-impl Fake {
-    async fn start(chunks: &[TestChunk]) -> Arc<Self> {
-        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
-        let fake = Arc::new(Self {
-            url: format!("http://{}", listener.local_addr().unwrap()),
-            chunks: Mutex::new(
-                chunks
-                    .iter()
-                    .map(|c| (*c.spec.id(), c.stored.clone()))
-                    .collect(),
-            ),
-            mode: Mutex::new(Mode::Good),
-            hang_first: AtomicUsize::new(0),
-            token: Mutex::default(),
-            asked: Mutex::default(),
-        });
-        let serving = Arc::clone(&fake);
-        tokio::spawn(async move {
-            while let Ok((stream, _)) = listener.accept().await {
-                let fake = Arc::clone(&serving);
-                tokio::spawn(async move { fake.serve(stream).await });
-            }
-        });
-        fake
-    }
-
-    fn set(&self, mode: Mode) {
-        *self.mode.lock() = mode;
-    }
-
-    fn asked(&self, what: &str) -> usize {
-        self.asked
-            .lock()
-            .iter()
-            .filter(|(line, _)| line.starts_with(what))
-            .count()
-    }
-
-    async fn serve(&self, mut stream: TcpStream) -> Option<()> {
-        let mut request = Vec::new();
-        let head = loop {
-            if stream.read_buf(&mut request).await.ok()? == 0 {
-                return None;
-            }
-            if let Some(at) = request.windows(4).position(|w| w == b"\r\n\r\n") {
-                break at;
-            }
-        };
-        let text = String::from_utf8(request[..head].to_vec()).unwrap();
-        let header = |name: &str| {
-            text.lines().find_map(|line| {
-                let (n, value) = line.split_once(':')?;
-                n.eq_ignore_ascii_case(name)
-                    .then(|| value.trim().to_owned())
-            })
-        };
-        let len = header("content-length").map_or(0, |n| n.parse().unwrap());
-        let mut body = request[head + 4..].to_vec();
-        while body.len() < len {
-            if stream.read_buf(&mut body).await.ok()? == 0 {
-                return None;
-            }
-        }
-        let line = text.lines().next().unwrap();
-        let line = line.strip_suffix(" HTTP/1.1").unwrap().to_owned();
-        let repair = header("lazyimg-repair").is_some();
-        self.asked.lock().push((line.clone(), repair));
-        let mode = *self.mode.lock();
-        let is_get = line.starts_with("POST /v1/chunks/get");
-        let hangs = is_get
-            && self
-                .hang_first
-                .fetch_update(Relaxed, Relaxed, |n| n.checked_sub(1))
-                .is_ok();
-        if mode == Mode::Hang || hangs {
-            tokio::time::sleep(LONG * 4).await;
-            return None;
-        }
-        let wanted = self.token.lock().clone().map(|t| format!("Bearer {t}"));
-        let (status, kind, answer) = if wanted.is_some() && header("authorization") != wanted {
-            refusal(401, "unauthorized")
-        } else if mode == Mode::Down {
-            refusal(503, "unavailable")
-        } else if mode == Mode::WebPage {
-            (200, "text/html", b"<html>".to_vec())
-        } else if let Some(id) = line.strip_prefix("PUT /v1/chunks/") {
-            let id = ChunkId(
-                format!("sha256:{id}")
-                    .parse::<lazyimg_convergent::Digest>()
-                    .unwrap()
-                    .0,
-            );
-            assert_eq!(ChunkId::of(&body), id);
-            if mode == Mode::ReadOnly {
-                refusal(403, "forbidden")
-            } else {
-                let had = self.chunks.lock().insert(id, body.into()).is_some();
-                (if had { 200 } else { 201 }, "text/plain", Vec::new())
-            }
-        } else if line.starts_with("POST /v1/chunks/has") {
-            let chunks = self.chunks.lock();
-            let ids = parse_ids(&body).unwrap();
-            let flags = ids
-                .iter()
-                .map(|id| u8::from(chunks.contains_key(id)))
-                .collect();
-            (200, "application/octet-stream", flags)
-        } else {
-            assert!(is_get, "{line}");
-            let leases = header("lazyimg-wait-ms").is_some();
-            (
-                200,
-                FRAMES_TYPE,
-                self.frames(&parse_ids(&body).unwrap(), leases, mode),
-            )
-        };
-        let full = answer.len();
-        let sent = if mode == Mode::CutOff && is_get {
-            full / 2
-        } else {
-            full
-        };
-        let head = format!(
-            "HTTP/1.1 {status} x\r\ncontent-type: {kind}\r\ncontent-length: {full}\r\nconnection: close\r\n\r\n"
-        );
-        stream.write_all(head.as_bytes()).await.ok()?;
-        stream.write_all(&answer[..sent]).await.ok()?;
-        stream.shutdown().await.ok()
-    }
-
-    fn frames(&self, ids: &[ChunkId], leases: bool, mode: Mode) -> Vec<u8> {
-        let chunks = self.chunks.lock();
-        let mut out = Vec::new();
-        for id in ids {
-            match chunks.get(id) {
-                Some(bytes) => {
-                    let (kind, len) = (FrameKind::Chunk, bytes.len() as u32);
-                    out.extend(FrameHead { kind, len }.to_bytes());
-                    match mode {
-                        Mode::Wrong => out.extend(flipped(bytes)),
-                        _ => out.extend(bytes),
-                    }
-                }
-                None if leases => out.extend(FrameHead::bare(FrameKind::Yours).to_bytes()),
-                None => out.extend(FrameHead::bare(FrameKind::Missing).to_bytes()),
-            }
-        }
-        out.extend(FrameHead::bare(FrameKind::End).to_bytes());
-        out
-    }
-}
-
-fn refusal(status: u16, code: &str) -> (u16, &'static str, Vec<u8>) {
-    let body = format!(r#"{{"error": "{code}", "message": "told to say so"}}"#);
-    (status, "application/json", body.into_bytes())
-}
 
 fn settings(fakes: &[&Arc<Fake>]) -> StoreSettings {
     StoreSettings::new(fakes.iter().map(|fake| fake.url.clone()).collect())
@@ -220,10 +31,10 @@ fn chunks(n: u64) -> Vec<TestChunk> {
     (0..n).map(|seed| test_chunk(seed, 20_000)).collect()
 }
 
-async fn get(client: &StoreClient, chunks: &[TestChunk], attempts: u32) -> Vec<Got> {
+async fn get(client: &StoreClient, chunks: &[TestChunk], effort: Effort) -> Vec<Got> {
     let ids: Vec<_> = chunks.iter().map(|c| *c.spec.id()).collect();
     let (sink, mut inbox) = mpsc::channel(1_000);
-    client.get_many(&ids, None, attempts, &sink).await;
+    client.get_many(&ids, None, effort, &sink).await;
     drop(sink);
     let mut out: Vec<Option<Got>> = ids.iter().map(|_| None).collect();
     while let Some((index, got)) = inbox.recv().await {
@@ -278,7 +89,10 @@ async fn chunks_are_put_found_and_got_in_few_requests() {
     let chunks = chunks(100);
     let fake = Fake::start(&chunks[..98]).await;
     let client = client(&[&fake]);
-    assert_all_come(&chunks[..98], get(&client, &chunks[..98], 1).await);
+    assert_all_come(
+        &chunks[..98],
+        get(&client, &chunks[..98], Effort::Brief).await,
+    );
     assert_eq!(fake.asked("POST /v1/chunks/get"), 2);
     let last = &chunks[99];
     let put = client.put(last.spec.id(), last.stored.clone(), false);
@@ -288,7 +102,7 @@ async fn chunks_are_put_found_and_got_in_few_requests() {
     assert_eq!(has.iter().filter(|has| !**has).count(), 1);
     assert!(!has[98]);
     assert!(matches!(
-        get(&client, &chunks[98..], 1).await[0],
+        get(&client, &chunks[98..], Effort::Brief).await[0],
         Got::Missing
     ));
 }
@@ -298,15 +112,44 @@ async fn chunks_of_a_dead_instance_come_from_the_next_in_rank() {
     let chunks = chunks(60);
     let (a, b) = (Fake::start(&chunks).await, Fake::start(&chunks).await);
     let client = client(&[&a, &b]);
-    assert_all_come(&chunks, get(&client, &chunks, 2).await);
+    assert_all_come(&chunks, get(&client, &chunks, Effort::Brief).await);
     assert!(
         a.asked("POST") > 0 && b.asked("POST") > 0,
         "both have a share"
     );
     for mode in [Mode::Down, Mode::CutOff, Mode::WebPage] {
         a.set(mode);
-        assert_all_come(&chunks, get(&client, &chunks, 2).await);
+        assert_all_come(&chunks, get(&client, &chunks, Effort::Brief).await);
     }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn an_instance_that_is_back_gets_its_share_again_while_the_others_answer() {
+    let chunks = chunks(60);
+    let (a, b) = (Fake::start(&chunks).await, Fake::start(&chunks).await);
+    let client = client(&[&a, &b]);
+    let breaker = || {
+        let origins = client.health().origins;
+        origins
+            .into_iter()
+            .find(|o| o.origin == a.url)
+            .unwrap()
+            .breaker
+    };
+    for (mode, wanted) in [
+        (Mode::Down, BreakerState::Open),
+        (Mode::Good, BreakerState::Closed),
+    ] {
+        a.set(mode);
+        let begun = Instant::now();
+        while breaker() != wanted {
+            assert!(begun.elapsed() < LONG, "{mode:?}: {:?}", client.health());
+            assert_all_come(&chunks, get(&client, &chunks, Effort::Brief).await);
+        }
+    }
+    let before = a.asked("POST");
+    assert_all_come(&chunks, get(&client, &chunks, Effort::Brief).await);
+    assert!(a.asked("POST") > before);
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -317,12 +160,15 @@ async fn a_request_that_hangs_is_answered_by_a_hedge_to_the_other_instance() {
     settings.stall_timeout = LONG * 2;
     let client = StoreClient::new(settings, &Guards::default()).unwrap();
     for _ in 0..60 {
-        assert_all_come(&chunks, get(&client, &chunks, 1).await);
+        assert_all_come(&chunks, get(&client, &chunks, Effort::Brief).await);
     }
     let rank = client.rank_of(chunks[0].spec.id()).await.unwrap();
     let first = [&a, &b].into_iter().find(|f| f.url == rank[0]).unwrap();
     first.hang_first.store(1, Relaxed);
-    assert_all_come(&chunks[..1], get(&client, &chunks[..1], 1).await);
+    assert_all_come(
+        &chunks[..1],
+        get(&client, &chunks[..1], Effort::Brief).await,
+    );
     let health = client.health();
     assert!(health.hedges_won >= 1, "{health:?}");
     assert!(health.hedges * 20 <= health.sent, "{health:?}");
@@ -471,15 +317,17 @@ async fn a_token_is_read_again_when_the_store_no_longer_takes_it() {
     let dir = tempfile::tempdir().unwrap();
     let path = dir.path().join("token");
     std::fs::write(&path, "the-first-one\n").unwrap();
+    let mode = std::os::unix::fs::PermissionsExt::from_mode(0o600);
+    std::fs::set_permissions(&path, mode).unwrap();
     let mut settings = settings(&[&fake]);
     settings.token_file = Some(path.clone());
     let client = StoreClient::new(settings, &Guards::default()).unwrap();
-    assert_all_come(&chunks, get(&client, &chunks, 1).await);
+    assert_all_come(&chunks, get(&client, &chunks, Effort::Brief).await);
     std::fs::write(&path, "the-second-token\n").unwrap();
     *fake.token.lock() = Some("the-second-token".to_owned());
-    assert_all_come(&chunks, get(&client, &chunks, 1).await);
+    assert_all_come(&chunks, get(&client, &chunks, Effort::Brief).await);
     *fake.token.lock() = Some("another".to_owned());
-    match &get(&client, &chunks, 2).await[0] {
+    match &get(&client, &chunks, Effort::Brief).await[0] {
         Got::Failed(error) => {
             assert_eq!(error.code(), Some(StoreErrorCode::Unauthorized));
             assert!(!format!("{error} {error:?}").contains("the-second"));

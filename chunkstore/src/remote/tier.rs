@@ -9,8 +9,9 @@ use tokio::runtime::Handle;
 use tokio::sync::mpsc;
 
 use super::client::{Got, StoreClient};
+use super::fetch::Effort;
 use super::write_back::WriteBack;
-use crate::{ChunkRef, Delivery, FetchError, Offer, Tier, TierHealth};
+use crate::{ChunkRef, Delivery, FetchError, MAX_FETCH, Offer, Tier, TierHealth};
 
 /// The name of the store among the tiers.
 pub const STORE_TIER: &str = "store";
@@ -22,16 +23,20 @@ const ANSWERS: usize = 8;
 /// lease. Who waits for a host that has died waits in vain, but once only.
 const LEASE_WAIT: Duration = Duration::from_secs(5);
 
+/// How long one that rests is waited for by who only looks, one batch of chunks after another.
+const LOOK_PATIENCE: Duration = Duration::from_secs(3);
+
 /// How a [`StoreTier`] behaves.
 #[derive(Debug, Clone)]
 pub struct StoreTierOptions {
     /// Whether another tier is asked for what this one does not have or cannot give: then it gives
-    /// up soon. Else it tries as long as a reader's last hope should.
+    /// up soon. Else it tries as long as the reader waits.
     pub tier_behind: bool,
     /// How long a chunk that another host is bringing is waited for, where there is a tier behind.
     /// Zero: not at all, and no lease is taken.
     pub lease_wait: Duration,
-    /// The longest that one fetch may take, where that is less than its share of the reader's time.
+    /// The longest that one fetch may take, where there is a tier behind and that is less than the
+    /// fetch's share of the reader's time.
     pub deadline: Duration,
     /// Whether chunks of the tiers behind are put into the store.
     pub write_back: bool,
@@ -95,16 +100,20 @@ impl StoreTier {
         }
     }
 
-    /// How long to wait for chunks that others bring; `None` when we would not bring any.
-    fn lease_wait(&self) -> Option<Duration> {
-        let brings = self.write_back.as_ref().is_some_and(|w| !w.is_resting());
+    /// How long to wait for chunks that others bring, and of how many bytes we could bring chunks
+    /// ourselves; `None` when we would not bring any.
+    fn lease_wait(&self) -> Option<(Duration, u64)> {
+        let write_back = self.write_back.as_ref().filter(|w| !w.is_resting())?;
         let wait = self.options.lease_wait;
-        (self.options.tier_behind && brings && !wait.is_zero()).then_some(wait)
+        (self.options.tier_behind && !wait.is_zero()).then(|| (wait, write_back.room()))
     }
 
-    fn attempts(&self) -> u32 {
-        // The next in rank, then the next tier; or again and again.
-        if self.options.tier_behind { 2 } else { 4 }
+    /// How hard to try for chunks that are waited for so long.
+    fn effort(&self, patience: Duration) -> Effort {
+        match self.options.tier_behind {
+            true => Effort::Brief,
+            false => Effort::Patient(patience),
+        }
     }
 
     /// Asks for `ids`; gives back the places in it of those that are missing, or, with a wait of
@@ -113,14 +122,14 @@ impl StoreTier {
         &self,
         asked: &[(usize, ChunkId)],
         wait: Option<Duration>,
+        effort: Effort,
         sink: &mpsc::Sender<Delivery>,
     ) -> Vec<(usize, ChunkId)> {
         let waits = wait.is_some_and(|wait| !wait.is_zero());
         let ids: Vec<ChunkId> = asked.iter().map(|(_, id)| *id).collect();
         let (answers, mut inbox) = mpsc::channel(ANSWERS);
         let asking = async move {
-            let attempts = self.attempts();
-            self.client.get_many(&ids, wait, attempts, &answers).await;
+            self.client.get_many(&ids, wait, effort, &answers).await;
         };
         // At its end `inbox` is dropped: nobody wants the rest.
         let receiving = async move {
@@ -158,6 +167,28 @@ impl StoreTier {
     }
 }
 
+/// How many of `missing`, places in `chunks`, are not longer than `room` together, in bytes.
+fn fitting(chunks: &[ChunkRef], missing: &[(usize, ChunkId)], room: u64) -> usize {
+    let mut left = room;
+    let fits = missing.iter().take_while(|(at, _)| {
+        let rest = left.checked_sub(u64::from(chunks[*at].stored_len));
+        left = rest.unwrap_or(0);
+        rest.is_some()
+    });
+    fits.count()
+}
+
+/// Sends that these are missing; false when nobody wants to know.
+async fn tell_missing(missing: Vec<(usize, ChunkId)>, sink: &mpsc::Sender<Delivery>) -> bool {
+    for (index, _) in missing {
+        let error = FetchError::NotFound("the store does not have it".to_owned());
+        if sink.send((index, Err(error))).await.is_err() {
+            return false;
+        }
+    }
+    true
+}
+
 #[async_trait]
 impl Tier for StoreTier {
     fn name(&self) -> &str {
@@ -172,23 +203,31 @@ impl Tier for StoreTier {
     /// for would wait in vain.
     async fn fetch(&self, chunks: &[ChunkRef], sink: mpsc::Sender<Delivery>) {
         let all: Vec<_> = chunks.iter().map(|chunk| chunk.id).enumerate().collect();
-        let mut missing = self.ask(&all, None, &sink).await;
-        let wait = self.lease_wait();
-        for wait in wait
-            .map(|wait| [Duration::ZERO, wait])
-            .into_iter()
-            .flatten()
-        {
-            if !missing.is_empty() && !sink.is_closed() {
-                missing = self.ask(&missing, Some(wait), &sink).await;
-            }
-        }
-        for (index, _) in missing {
-            let error = FetchError::NotFound("the store does not have it".to_owned());
-            if sink.send((index, Err(error))).await.is_err() {
+        // The caller ends it when the reader's time is over.
+        let effort = self.effort(MAX_FETCH);
+        let mut missing = self.ask(&all, None, effort, &sink).await;
+        if let Some((wait, room)) = self.lease_wait() {
+            // A lease on what we could not keep until it is put would only hold others up.
+            let fits = fitting(chunks, &missing, room);
+            let beyond = missing.split_off(fits);
+            if !tell_missing(beyond, &sink).await {
                 return;
             }
+            for wait in [Duration::ZERO, wait] {
+                if !missing.is_empty() && !sink.is_closed() {
+                    missing = self.ask(&missing, Some(wait), effort, &sink).await;
+                }
+            }
         }
+        tell_missing(missing, &sink).await;
+    }
+
+    /// No lease, since nobody would bring the chunk.
+    async fn look(&self, chunks: &[ChunkRef], sink: mpsc::Sender<Delivery>) {
+        let all: Vec<_> = chunks.iter().map(|chunk| chunk.id).enumerate().collect();
+        let effort = self.effort(LOOK_PATIENCE);
+        let missing = self.ask(&all, None, effort, &sink).await;
+        tell_missing(missing, &sink).await;
     }
 
     fn offer(&self, id: &ChunkId, bytes: &Bytes, why: Offer) {
@@ -202,7 +241,7 @@ impl Tier for StoreTier {
     }
 
     fn deadline(&self) -> Option<Duration> {
-        Some(self.options.deadline)
+        self.options.tier_behind.then_some(self.options.deadline)
     }
 
     fn health(&self) -> TierHealth {

@@ -14,7 +14,10 @@ const LOOK: Duration = Duration::from_secs(1);
 /// Length of the longest token file, in bytes.
 const MAX_FILE: u64 = 16 << 10;
 
-/// A token file. Never printed: it has no `Debug`.
+/// Rights of others than the owner, in a file's mode.
+const OTHERS: u32 = 0o077;
+
+/// A token file, which only its owner may read. Never printed: it has no `Debug`.
 pub(super) struct TokenFile {
     path: PathBuf,
     state: Mutex<State>,
@@ -25,6 +28,8 @@ struct State {
     token: Option<Zeroizing<String>>,
     stamp: Option<Stamp>,
     looked: Option<Instant>,
+    /// What is wrong with the file now, told once.
+    wrong: Option<String>,
 }
 
 /// What tells one content of the file from another.
@@ -44,7 +49,7 @@ impl TokenFile {
     }
 
     /// The header to send. The file is looked at once a second; `anew`: now. A file that cannot be
-    /// read leaves the token as it was.
+    /// read, or that others may read, leaves the token as it was.
     ///
     /// # Errors
     /// When there is no token at all, or what is there cannot be one.
@@ -68,13 +73,18 @@ impl TokenFile {
                 Ok(Some((token, stamp))) => {
                     state.token = Some(token);
                     state.stamp = Some(stamp);
+                    state.wrong = None;
                 }
-                Ok(None) => {}
+                Ok(None) => state.wrong = None,
                 Err(error) if state.token.is_none() => {
                     return Err(StoreError::token(&self.path, error));
                 }
                 Err(error) => {
-                    tracing::warn!(path = %self.path.display(), %error, "the store's token file cannot be read; going on with the token that was there");
+                    let error = error.to_string();
+                    if state.wrong.as_ref() != Some(&error) {
+                        tracing::warn!(path = %self.path.display(), error, "the store's token file cannot be used; going on with the token that was there");
+                        state.wrong = Some(error);
+                    }
                 }
             }
         }
@@ -95,7 +105,15 @@ fn read(path: &Path, known: Option<Stamp>) -> std::io::Result<Option<(Zeroizing<
 
     let bad = |reason: &str| Error::new(ErrorKind::InvalidData, reason.to_owned());
     let file = std::fs::File::open(path)?;
+    // Of the file that is open: what has this name may be another one a moment later.
     let metadata = file.metadata()?;
+    if metadata.is_file() && metadata.mode() & OTHERS != 0 {
+        let mode = metadata.mode() & 0o777;
+        let reason = format!(
+            "its mode is {mode:04o}, and only its owner may have rights on it: chmod 600 it"
+        );
+        return Err(bad(&reason));
+    }
     let stamp = Stamp {
         modified: metadata.modified().ok(),
         len: metadata.len(),
@@ -120,18 +138,49 @@ fn read(path: &Path, known: Option<Stamp>) -> std::io::Result<Option<(Zeroizing<
 
 #[cfg(test)]
 mod tests {
+    use std::os::unix::fs::PermissionsExt;
+
     use super::*;
+
+    fn write(path: &Path, text: impl AsRef<[u8]>) {
+        std::fs::write(path, text).unwrap();
+        set_mode(path, 0o600);
+    }
+
+    fn set_mode(path: &Path, mode: u32) {
+        std::fs::set_permissions(path, PermissionsExt::from_mode(mode)).unwrap();
+    }
+
+    #[tokio::test]
+    async fn a_token_that_others_may_read_is_refused_with_what_to_do() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("token");
+        for mode in [0o644, 0o640, 0o602] {
+            write(&path, "first\n");
+            set_mode(&path, mode);
+            let file = TokenFile::new(path.clone());
+            let error = file.header(false).await.unwrap_err().to_string();
+            assert!(error.contains("chmod 600"), "{error}");
+            assert!(!error.contains("first"), "{error}");
+            // It counts once it is closed to others, and is not read when it is opened to them.
+            set_mode(&path, 0o600);
+            assert_eq!(file.header(true).await.unwrap(), "Bearer first");
+            write(&path, "second-and-longer\n");
+            set_mode(&path, mode);
+            assert_eq!(file.header(true).await.unwrap(), "Bearer first");
+        }
+    }
 
     #[tokio::test]
     async fn a_token_that_changes_is_sent_from_then_on_and_never_printed() {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("token");
-        std::fs::write(&path, "first\n").unwrap();
+        write(&path, "first\n");
         let file = TokenFile::new(path.clone());
         let header = file.header(false).await.unwrap();
         assert_eq!(header, "Bearer first");
         assert!(!format!("{header:?}").contains("first"));
-        std::fs::write(&path, "second-and-longer\n").unwrap();
+        write(&path, "second-and-longer\n");
         assert_eq!(file.header(true).await.unwrap(), "Bearer second-and-longer");
         std::fs::remove_file(&path).unwrap();
         assert_eq!(file.header(true).await.unwrap(), "Bearer second-and-longer");
@@ -142,14 +191,14 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("token");
         for text in ["", " \n", "two words", "uml\u{e4}ut"] {
-            std::fs::write(&path, text).unwrap();
+            write(&path, text);
             let error = TokenFile::new(path.clone())
                 .header(false)
                 .await
                 .unwrap_err();
             assert!(error.to_string().contains("token"), "{error}");
         }
-        std::fs::write(&path, vec![b'a'; MAX_FILE as usize + 1]).unwrap();
+        write(&path, vec![b'a'; MAX_FILE as usize + 1]);
         assert!(TokenFile::new(path).header(false).await.is_err());
     }
 }

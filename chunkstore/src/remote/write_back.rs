@@ -120,6 +120,11 @@ impl WriteBack {
         self.shared.is_resting()
     }
 
+    /// Bytes that may still be queued now.
+    pub fn room(&self) -> u64 {
+        self.room.available_permits() as u64
+    }
+
     /// Waits until nothing is queued or being put.
     pub async fn settle(&self) {
         loop {

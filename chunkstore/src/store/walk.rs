@@ -34,7 +34,7 @@ pub trait Progress: Send {
     fn arrived(&mut self, index: usize, bytes: Bytes, tier: &str);
     /// `tier` did not give it.
     fn failed(&mut self, index: usize, failure: TierFailure);
-    /// Whether nearer tiers are offered what arrives, for this reason.
+    /// Whether nearer tiers are offered what arrives, for this reason. Always the same.
     fn offers(&self, _why: Offer) -> bool {
         true
     }
@@ -70,7 +70,8 @@ pub async fn walk(
             if walk.may_ask(position, idle) {
                 let (round, wanted, limit) = walk.ask(position);
                 let tier = image.tiers[position].0.as_ref();
-                fetching.push(run(tier, wanted, limit, round, events.clone()));
+                let brings = walk.progress.offers(Offer::Missing);
+                fetching.push(run(tier, wanted, brings, limit, round, events.clone()));
             }
         }
         if walk.running.iter().all(|n| *n == 0) {
@@ -98,16 +99,22 @@ enum Event {
     Ended(usize, bool),
 }
 
-/// One request to one tier.
+/// One request to one tier. `brings`: it is offered what it lacks.
 async fn run(
     tier: &dyn Tier,
     wanted: Vec<ChunkRef>,
+    brings: bool,
     limit: Duration,
     round: usize,
     events: mpsc::Sender<Event>,
 ) {
     let (sink, mut deliveries) = mpsc::channel(DELIVERIES);
-    let fetching = tier.fetch(&wanted, sink);
+    let fetching = async {
+        match brings {
+            true => tier.fetch(&wanted, sink).await,
+            false => tier.look(&wanted, sink).await,
+        }
+    };
     let passing_on = async {
         while let Some(delivery) = deliveries.recv().await {
             // The walk outlives its rounds.

@@ -31,7 +31,10 @@ fn stat(args: &CacheStat) -> Result<(), Error> {
     let status = super::mount::client(&args.cache.place)?.status()?;
     let (in_use, stats) = match status.and_then(|s| s.cache) {
         Some(stats) => (true, stats),
-        None => (false, alone(&args.cache, HostCache::stats)?),
+        None => {
+            let stats = alone(&args.cache, "lazyimg cache stat", HostCache::stats);
+            (false, stats?)
+        }
     };
     tell(&args.cache, args.json, in_use, stats)
 }
@@ -41,7 +44,8 @@ fn trim(args: &CacheTrim) -> Result<(), Error> {
     let (in_use, stats) = match client.cache_trim(args.to) {
         Ok(stats) => (true, stats),
         Err(ClientError::NoDaemon { .. }) => {
-            (false, alone(&args.cache, |cache| cache.trim(args.to))?)
+            let trim = |cache: &HostCache| cache.trim(args.to);
+            (false, alone(&args.cache, "lazyimg cache trim", trim)?)
         }
         Err(error) => return Err(error.into()),
     };
@@ -57,7 +61,7 @@ fn verify(global: &Global, args: &CacheVerify) -> Result<(), Error> {
     };
     let found = match client.cache_verify(&mut tell) {
         Ok(found) => found,
-        Err(ClientError::NoDaemon { .. }) => alone(&args.cache, |cache| {
+        Err(ClientError::NoDaemon { .. }) => alone(&args.cache, "lazyimg cache verify", |cache| {
             cache.scrub(&mut |done, total| {
                 tell(done, total);
                 true
@@ -85,8 +89,13 @@ fn verify(global: &Global, args: &CacheVerify) -> Result<(), Error> {
     }
 }
 
-/// Opens the cache, which no daemon has, and closes it again.
-fn alone<T>(cache: &Cache, work: impl FnOnce(&HostCache) -> T) -> Result<T, Error> {
+/// Opens the cache, which no daemon has, and closes it again. Whoever wants to mount meanwhile is told
+/// that `command` has it.
+fn alone<T>(
+    cache: &Cache,
+    command: &'static str,
+    work: impl FnOnce(&HostCache) -> T,
+) -> Result<T, Error> {
     let dir = super::mount::cache_dir(&cache.place)?;
     if !dir.join("segments").exists() {
         return Err(Error::Other(format!(
@@ -97,6 +106,7 @@ fn alone<T>(cache: &Cache, work: impl FnOnce(&HostCache) -> T) -> Result<T, Erro
     // The daemon's bound may be another one than ours: nothing is given up only for being opened.
     let options = CacheOptions {
         min_free_bytes: Some(0),
+        work: Some(command),
         ..CacheOptions::new(u64::MAX / 2)
     };
     let opened = HostCache::open(&dir, options).map_err(|e| Error::Other(e.to_string()))?;

@@ -25,9 +25,10 @@ pub fn run(args: &Daemon) -> Result<(), Error> {
 fn log_to_file(options: &DaemonOptions) -> Result<(), Error> {
     let path = options.cache_dir.join(LOG);
     let log = BoundedLog::new(&path).map_err(Error::io(path.display().to_string()))?;
-    let filter = tracing_subscriber::EnvFilter::new(
-        "warn,lazyimg=info,lazyimg_image=info,lazyimg_fuse=info,lazyimg_chunkstore=info",
-    );
+    let filter = tracing_subscriber::EnvFilter::new(format!(
+        "warn,lazyimg=info,lazyimg_image=info,lazyimg_fuse=info,lazyimg_chunkstore=info,{}",
+        super::TOLD
+    ));
     let subscriber = tracing_subscriber::fmt()
         .with_env_filter(filter)
         .with_writer(log);

@@ -5,7 +5,7 @@ use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::Duration;
 
-use lazyimg_chunkstore::{ChunkSpec, FetchError, MountStats, ReadError, VerifyScope};
+use lazyimg_chunkstore::{ChunkSpec, ErrorKind, FetchError, MountStats, ReadError, VerifyScope};
 
 use super::connection::Progress;
 use super::mounts::{Census, Mounted};
@@ -360,25 +360,71 @@ async fn blocking<T: Send + 'static>(
 
 /// What kind of failure it is when the metadata can't be read.
 fn code_of(error: &(dyn std::error::Error + 'static)) -> ErrorCode {
-    match causes(error).find_map(|cause| cause.downcast_ref()) {
-        Some(ReadError::Tiers { failures, .. }) => {
-            let codes: Vec<_> = failures.iter().map(|f| fetch_code(&f.error)).collect();
-            let worst = [ErrorCode::Damaged, ErrorCode::Key, ErrorCode::Unreachable];
-            let found = worst.into_iter().find(|code| codes.contains(code));
-            found.unwrap_or(ErrorCode::Image)
-        }
+    match causes(error).find_map(|cause| cause.downcast_ref::<ReadError>()) {
+        Some(error) if error.is_damage() => ErrorCode::Damaged,
+        // That a tier does not have it says nothing where another one could not be asked. The farthest
+        // that failed counts: it is the one that should have all.
+        Some(ReadError::Tiers { failures, .. }) => failures
+            .iter()
+            .rev()
+            .find_map(|failure| fetch_code(&failure.error))
+            .unwrap_or(ErrorCode::Image),
         Some(ReadError::TimedOut { .. }) => ErrorCode::Unreachable,
         _ => ErrorCode::Image,
     }
 }
 
-fn fetch_code(error: &FetchError) -> ErrorCode {
-    match error {
-        FetchError::GaveUp { last, .. } => fetch_code(last),
-        FetchError::Shared(inner) => fetch_code(inner),
-        FetchError::Corrupt(_) | FetchError::NotFound(_) => ErrorCode::Damaged,
-        FetchError::Unauthorized(_) => ErrorCode::Key,
-        FetchError::Unavailable { .. } | FetchError::TimedOut(_) => ErrorCode::Unreachable,
-        FetchError::Invalid(_) => ErrorCode::Image,
+/// What kind of outage it is; `None` when the tier could be asked.
+fn fetch_code(error: &FetchError) -> Option<ErrorCode> {
+    match error.kind() {
+        ErrorKind::Unauthorized => Some(ErrorCode::Key),
+        ErrorKind::Unavailable | ErrorKind::TimedOut => Some(ErrorCode::Unreachable),
+        ErrorKind::NotFound | ErrorKind::Corrupt | ErrorKind::Invalid => None,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use lazyimg_chunkstore::TierFailure;
+    use lazyimg_convergent::ChunkId;
+
+    use super::*;
+
+    fn code(errors: Vec<FetchError>) -> ErrorCode {
+        let failure = |error| TierFailure {
+            tier: "t".to_owned(),
+            error: Arc::new(FetchError::GaveUp {
+                attempts: 2,
+                last: Box::new(error),
+            }),
+        };
+        code_of(&ReadError::Tiers {
+            id: ChunkId([1; 32]),
+            failures: errors.into_iter().map(failure).collect(),
+        })
+    }
+
+    #[test]
+    fn an_outage_is_not_called_damage_because_a_near_store_lacks_the_chunk() {
+        let gone = || FetchError::NotFound("x".to_owned());
+        let down = || FetchError::unavailable("x");
+        let refused = || FetchError::Unauthorized("x".to_owned());
+        let corrupt = || FetchError::Corrupt("x".to_owned());
+        for (errors, expected) in [
+            (vec![gone(), down()], ErrorCode::Unreachable),
+            (vec![down(), gone()], ErrorCode::Unreachable),
+            (vec![gone(), refused()], ErrorCode::Key),
+            (vec![down(), refused()], ErrorCode::Key),
+            (vec![gone(), gone()], ErrorCode::Damaged),
+            (vec![corrupt(), down()], ErrorCode::Damaged),
+        ] {
+            assert_eq!(code(errors), expected);
+        }
+        let late = ReadError::TimedOut {
+            id: ChunkId([1; 32]),
+            waited: Duration::from_secs(1),
+            failures: Vec::new(),
+        };
+        assert_eq!(code_of(&late), ErrorCode::Unreachable);
     }
 }

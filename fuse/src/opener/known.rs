@@ -46,6 +46,17 @@ pub struct KnownImage {
     pub tiers: Vec<Arc<dyn Tier>>,
 }
 
+impl KnownImage {
+    /// For one more mount of it.
+    pub fn opened(&self) -> OpenedImage {
+        OpenedImage {
+            view: Arc::clone(&self.view),
+            tiers: self.tiers.clone(),
+            early: Vec::new(),
+        }
+    }
+}
+
 /// What is remembered of a [`KnownImage`]; the tables only while a mount holds them.
 struct Remembered {
     view: Weak<ImageView>,

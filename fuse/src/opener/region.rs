@@ -1,6 +1,10 @@
 //! Images in a regional store: which image a name means there, its manifest, its chunks.
+//!
+//! What a tag means there is the store's word, as it is a registry's. What a digest means is not: an
+//! image that was named by digest is taken from a store only under the very manifest of that digest.
 
 use std::collections::HashMap;
+use std::future::Future;
 use std::sync::{Arc, Weak};
 use std::time::Duration;
 
@@ -10,10 +14,13 @@ use lazyimg_chunkstore::remote::{
     self, ManifestAnswer, RefAnswer, StoreClient, StoreError, StoreErrorCode, StoreTier,
     StoreTierOptions,
 };
+use lazyimg_chunkstore::wire::index_profile;
 use lazyimg_convergent::{ChunkId, Digest, KeyId, TenantKey};
 use lazyimg_image::artifact;
 use lazyimg_image::manifest::OpenManifest;
-use lazyimg_image::reference::{ImageRef, ManifestRef};
+use lazyimg_image::platform::Platform;
+use lazyimg_image::reference::{ImageRef, RegistryRef};
+use lazyimg_image::source::IndexDocument;
 use parking_lot::Mutex;
 use tokio::runtime::Handle;
 
@@ -27,6 +34,10 @@ const MANIFEST_WAIT: Duration = Duration::from_secs(5);
 /// A store that has said nothing for so long is passed over, where there is a registry behind it: a
 /// thousand times the median of a store that is well.
 const STALL: Duration = Duration::from_secs(1);
+
+/// How long a name or a manifest may take, all attempts together, where there is a registry behind
+/// the store: then that is asked. Hundreds of mounts may wait at once for a store that hangs.
+const DOCUMENT: Duration = Duration::from_secs(3);
 
 /// The stores that mounts read through: one client for each way to reach one.
 #[derive(Default)]
@@ -49,8 +60,12 @@ impl Regions {
             }
         };
         let only = settings.only;
-        let brings = !only && !settings.no_write_back;
-        Ok(Region { tier, only, brings })
+        Ok(Region {
+            tier,
+            only,
+            brings: !only && !settings.no_write_back,
+            patience: (!only).then_some(DOCUMENT),
+        })
     }
 }
 
@@ -76,6 +91,17 @@ fn connect(settings: &StoreSettings, guards: &Guards) -> Result<StoreTier, OpenE
     Ok(StoreTier::new(client, options, &Handle::current()))
 }
 
+/// What a store says of a document.
+#[derive(Debug, PartialEq, Eq)]
+pub enum Said<T> {
+    /// It has it.
+    Has(T),
+    /// It does not, or what it has is not what was asked for.
+    Lacks,
+    /// It can't be asked now, and the registry may.
+    Silent,
+}
+
 /// A store, as one mount uses it.
 #[derive(Clone)]
 pub struct Region {
@@ -85,6 +111,8 @@ pub struct Region {
     pub only: bool,
     /// Whether what comes from the registry is put into it.
     pub brings: bool,
+    /// How long a document may take; `None`: as long as the client tries.
+    patience: Option<Duration>,
 }
 
 impl Region {
@@ -92,60 +120,113 @@ impl Region {
         self.tier.client()
     }
 
-    /// The image that a name means, as whoever converted it told the store; `None` when the store
-    /// does not know, or can't be asked and the registry may.
+    /// The image that a tag means, as whoever converted it told the store.
     pub async fn image_of(
         &self,
-        reference: &ImageRef,
+        registry: &RegistryRef,
         platform: &str,
-    ) -> Result<Option<Digest>, OpenError> {
-        // A layout says itself.
-        let ImageRef::Registry(registry) = reference else {
-            return Ok(None);
-        };
+    ) -> Result<Said<Digest>, OpenError> {
         let name = registry.store_name(platform);
-        match self.client().get_ref(&name, None).await {
-            Ok(RefAnswer::Found(record)) => Ok(Some(record.image)),
-            // The digest of an image, not of an index of several: it is its own name.
-            Ok(_) => Ok(match reference.target() {
-                ManifestRef::Digest(digest) if self.only => Some(digest),
-                _ => None,
-            }),
-            Err(error) => self.forgive(&error).map(|()| None),
-        }
+        let answer = self.ask(Duration::ZERO, self.client().get_ref(&name, None));
+        Ok(match answer.await? {
+            Said::Has(RefAnswer::Found(record)) => Said::Has(record.image),
+            Said::Silent => Said::Silent,
+            Said::Has(_) | Said::Lacks => Said::Lacks,
+        })
     }
 
-    /// The manifest of an image; `None` when the store does not have it, or can't be asked and the
-    /// registry may.
+    /// The image that an index means, proved by the index, which whoever converted it put beside the
+    /// image.
+    pub async fn image_in_index(
+        &self,
+        registry: &RegistryRef,
+        platform: &Platform,
+    ) -> Result<Said<Digest>, OpenError> {
+        let Some(digest) = registry.digest else {
+            return Ok(Said::Lacks);
+        };
+        let image = match self.image_of(registry, &platform.to_string()).await? {
+            Said::Has(image) => image,
+            other => return Ok(other),
+        };
+        let name = index_profile(&digest);
+        let answer = self.client().get_profile(&image, &name);
+        let bytes = match self.ask(Duration::ZERO, answer).await? {
+            Said::Has(Some(bytes)) => bytes,
+            Said::Silent => return Ok(Said::Silent),
+            Said::Has(None) | Said::Lacks => return Ok(Said::Lacks),
+        };
+        let meant = IndexDocument::verified(digest, bytes).and_then(|index| index.image(platform));
+        Ok(match meant {
+            Ok(meant) => Said::Has(meant),
+            Err(error) => {
+                tracing::error!(%digest, error = chain(&error), "the store's index is not this one, or has no such image");
+                Said::Lacks
+            }
+        })
+    }
+
+    /// The manifest of an image, which proves that it is this image's. `brings`: the caller can bring it
+    /// from the registry if nobody else does.
     pub async fn manifest(
         &self,
         image: &Digest,
         tenant: &TenantKey,
-    ) -> Result<Option<OpenManifest>, OpenError> {
+        brings: bool,
+    ) -> Result<Said<OpenManifest>, OpenError> {
         let (client, key) = (self.client(), tenant.id());
-        let answer = match self.brings {
-            true => client.await_manifest(image, &key, MANIFEST_WAIT).await,
-            false => client
-                .get_manifest(image, &key)
-                .await
-                .map(|found| match found {
-                    Some(bytes) => ManifestAnswer::Found(bytes),
-                    None => ManifestAnswer::Missing,
-                }),
+        let found = if brings && self.brings {
+            let answer = client.await_manifest(image, &key, MANIFEST_WAIT);
+            match self.ask(MANIFEST_WAIT, answer).await? {
+                Said::Has(ManifestAnswer::Found(bytes)) => Said::Has(bytes),
+                Said::Silent => Said::Silent,
+                Said::Has(_) | Said::Lacks => Said::Lacks,
+            }
+        } else {
+            let answer = self.ask(Duration::ZERO, client.get_manifest(image, &key));
+            match answer.await? {
+                Said::Has(Some(bytes)) => Said::Has(bytes),
+                Said::Silent => Said::Silent,
+                Said::Has(None) | Said::Lacks => Said::Lacks,
+            }
         };
-        let bytes = match answer {
-            Ok(ManifestAnswer::Found(bytes)) => bytes,
-            Ok(_) => return Ok(None),
-            Err(error) => return self.forgive(&error).map(|()| None),
+        let bytes = match found {
+            Said::Has(bytes) => bytes,
+            Said::Lacks => return Ok(Said::Lacks),
+            Said::Silent => return Ok(Said::Silent),
         };
         match artifact::open_manifest(image, Digest::of(&bytes), &bytes, tenant) {
-            Ok(manifest) => Ok(Some(manifest)),
+            Ok(manifest) => Ok(Said::Has(manifest)),
             Err(error) if self.only => Err(OpenError::artifact(&error)),
             Err(error) => {
                 tracing::error!(%image, error = chain(&error), "the store's manifest is not this image's; asking the registry");
-                Ok(None)
+                Ok(Said::Lacks)
             }
         }
+    }
+
+    /// The answer to a request for a document, which may take `wait` longer than usual. A store that
+    /// fails or hangs is no reason to fail, or to wait for long, where there is a registry.
+    async fn ask<T>(
+        &self,
+        wait: Duration,
+        answer: impl Future<Output = Result<T, StoreError>>,
+    ) -> Result<Said<T>, OpenError> {
+        let failed = match self.patience {
+            None => return answer.await.map(Said::Has).map_err(|e| store_error(&e)),
+            Some(patience) => match tokio::time::timeout(patience + wait, answer).await {
+                Ok(Ok(answer)) => return Ok(Said::Has(answer)),
+                Ok(Err(error)) => chain(&error),
+                Err(_) => format!("no answer within {:?}", patience + wait),
+            },
+        };
+        let store = self.client().origin();
+        tracing::warn!(
+            store,
+            error = failed,
+            "the store can't be asked; asking the registry"
+        );
+        Ok(Said::Silent)
     }
 
     /// Brings the manifest that came from the registry into the store, in the background: the next
@@ -171,18 +252,6 @@ impl Region {
         });
     }
 
-    /// A store that fails is no reason to fail where there is a registry.
-    fn forgive(&self, error: &StoreError) -> Result<(), OpenError> {
-        if self.only {
-            return Err(store_error(error));
-        }
-        tracing::warn!(
-            error = chain(error),
-            "the store can't be asked; asking the registry"
-        );
-        Ok(())
-    }
-
     /// Why an image can't be opened that the store does not know.
     pub fn unknown(&self, reference: &ImageRef) -> OpenError {
         OpenError {
@@ -193,6 +262,22 @@ impl Region {
                 self.client().origin()
             ),
         }
+    }
+
+    /// What to try for a digest of which the store has no manifest: it may be one of an index, whose
+    /// image only the registry can prove, and the store knows which it was when it was converted.
+    pub async fn advice(&self, registry: &RegistryRef, platform: &str) -> Option<String> {
+        let digest = registry.digest?;
+        let Ok(Said::Has(image)) = self.image_of(registry, platform).await else {
+            return None;
+        };
+        (image != digest).then(|| {
+            format!(
+                "; the store says that this digest is of an index whose image for {platform} is {image}, which only \
+                 the registry can prove: if you trust it, name {}@{image}",
+                registry.name()
+            )
+        })
     }
 }
 

@@ -7,12 +7,13 @@ use bytes::Bytes;
 use lazyimg_chunkstore::{BlobRanges, FetchError, Guards, OriginOptions, PackOrigin, Tier};
 use lazyimg_convergent::{ChunkId, Digest, TenantKey};
 use lazyimg_image::artifact;
+use lazyimg_image::manifest::OpenManifest;
 use lazyimg_image::platform::Platform;
-use lazyimg_image::reference::{ImageRef, ManifestRef};
+use lazyimg_image::reference::{ImageRef, ManifestRef, RegistryRef};
 use lazyimg_image::source::{Repository, SourceError, SourceOptions};
 
 use super::known::{Known, KnownImage, OpenKey};
-use super::region::{Region, Regions};
+use super::region::{Region, Regions, Said};
 use super::{ImageOpener, OpenError, OpenedImage};
 use crate::errno::chain;
 use crate::protocol::{ErrorCode, MountRequest};
@@ -47,7 +48,7 @@ impl ImageOpener for RegistryOpener {
         let region = region.map(|settings| self.regions.get(settings, &self.guards));
         let asked = Asked {
             reference,
-            platform: platform.to_string(),
+            platform,
             repository,
             region: region.transpose()?,
         };
@@ -75,9 +76,35 @@ impl ImageOpener for RegistryOpener {
 /// What is to be opened, and where.
 struct Asked {
     reference: ImageRef,
-    platform: String,
+    platform: Platform,
     repository: Repository,
     region: Option<Region>,
+}
+
+impl Asked {
+    /// The image that the registry says is meant.
+    async fn resolve(&self, target: &ManifestRef) -> Result<Digest, OpenError> {
+        let error = match self.repository.resolve_digest(target).await {
+            Ok(resolved) => return Ok(resolved.digest),
+            Err(error) => error,
+        };
+        let mut error = OpenError::artifact(&error.into());
+        if error.code == ErrorCode::Unreachable
+            && let (Some(region), ImageRef::Registry(registry)) = (&self.region, &self.reference)
+        {
+            let advice = region.advice(registry, &self.platform.to_string()).await;
+            error.message += &advice.unwrap_or_default();
+        }
+        Err(error)
+    }
+}
+
+/// What a look into the store found.
+enum Found {
+    /// All of it.
+    Opened(OpenedImage),
+    /// The image that is meant, if it knows; and whether it is worth while to ask it more.
+    Named(Option<Digest>, bool),
 }
 
 impl RegistryOpener {
@@ -89,32 +116,35 @@ impl RegistryOpener {
         mounted: Option<KnownImage>,
     ) -> Result<OpenedImage, OpenError> {
         let (repository, target) = (&asked.repository, asked.reference.target());
-        let mut named = None;
-        if let Some(region) = &asked.region {
-            named = region.image_of(&asked.reference, &asked.platform).await?;
-            if named.is_none() && region.only && repository.is_remote() {
-                return Err(region.unknown(&asked.reference));
+        let found = match (&asked.region, &asked.reference) {
+            (Some(region), ImageRef::Registry(registry)) => {
+                self.look_up(asked, region, registry, tenant, mounted.as_ref())
+                    .await?
             }
-        }
+            // A layout says itself what its names mean.
+            _ => Found::Named(None, true),
+        };
+        let (named, mut region) = match found {
+            Found::Opened(opened) => return Ok(opened),
+            Found::Named(image, answers) => (image, asked.region.as_ref().filter(|_| answers)),
+        };
         let mut image = named;
         if image.is_none() && (asked.region.is_some() || mounted.is_some()) {
-            let now = repository.resolve_digest(&target).await;
-            image = Some(now.map_err(|e| OpenError::artifact(&e.into()))?.digest);
+            image = Some(asked.resolve(&target).await?);
         }
         if let Some(mounted) = mounted.filter(|mounted| image == Some(mounted.image)) {
-            return Ok(OpenedImage {
-                view: mounted.view,
-                tiers: mounted.tiers,
-                early: Vec::new(),
-            });
+            return Ok(mounted.opened());
         }
-        if let (Some(region), Some(image)) = (&asked.region, &image) {
-            if let Some(manifest) = region.manifest(image, tenant).await? {
-                let view = ImageView::of_manifest(&manifest).map_err(|e| OpenError::of(&e))?;
-                return Ok(self.opened(asked, view, Vec::new()));
-            }
-            if region.only {
-                return Err(region.unknown(&asked.reference));
+        let named_so = image.map(ManifestRef::Digest).as_ref() == Some(&target);
+        if let (Some(asking), Some(image)) = (region, &image)
+            // Else it has been asked already, by this very digest.
+            && (asking.brings || !named_so || !repository.is_remote())
+        {
+            match asking.manifest(image, tenant, true).await? {
+                Said::Has(manifest) => return self.opened_by_store(asked, &manifest),
+                Said::Lacks if asking.only => return Err(asking.unknown(&asked.reference)),
+                Said::Lacks => {}
+                Said::Silent => region = None,
             }
         }
         // What the store calls the image counts here too: two hosts must not mount two images.
@@ -123,11 +153,67 @@ impl RegistryOpener {
             .await
             .map_err(|e| OpenError::artifact(&e))?;
         let view = ImageView::of_manifest(&opened.manifest).map_err(|e| OpenError::of(&e))?;
-        if let Some(region) = &asked.region {
+        if let Some(region) = region {
             let early = opened.early.clone();
             region.bring(view.image, tenant.id(), opened.manifest_bytes, early);
         }
         Ok(self.opened(asked, view, opened.early))
+    }
+
+    /// Looks for an image of a registry in the store: by what a tag means there, or by its digest.
+    async fn look_up(
+        &self,
+        asked: &Asked,
+        region: &Region,
+        registry: &RegistryRef,
+        tenant: &TenantKey,
+        mounted: Option<&KnownImage>,
+    ) -> Result<Found, OpenError> {
+        let Some(exact) = registry.digest else {
+            return match region
+                .image_of(registry, &asked.platform.to_string())
+                .await?
+            {
+                Said::Has(image) => Ok(Found::Named(Some(image), true)),
+                Said::Lacks if region.only => Err(region.unknown(&asked.reference)),
+                Said::Lacks => Ok(Found::Named(None, true)),
+                Said::Silent => Ok(Found::Named(None, false)),
+            };
+        };
+        if let Some(mounted) = mounted.filter(|mounted| mounted.image == exact) {
+            return Ok(Found::Opened(mounted.opened()));
+        }
+        // The manifest proves itself. No lease: it would be one for a manifest that nobody has, if this
+        // is an index.
+        match region.manifest(&exact, tenant, false).await? {
+            Said::Has(manifest) => {
+                let opened = self.opened_by_store(asked, &manifest)?;
+                return Ok(Found::Opened(opened));
+            }
+            Said::Lacks => {}
+            Said::Silent => return Ok(Found::Named(None, false)),
+        }
+        // What the store calls this digest proves nothing, but an index does that names the image.
+        match region.image_in_index(registry, &asked.platform).await? {
+            Said::Has(image) => Ok(Found::Named(Some(image), true)),
+            Said::Lacks if region.only => {
+                let mut error = region.unknown(&asked.reference);
+                let advice = region.advice(registry, &asked.platform.to_string()).await;
+                error.message += &advice.unwrap_or_default();
+                Err(error)
+            }
+            Said::Lacks => Ok(Found::Named(None, true)),
+            Said::Silent => Ok(Found::Named(None, false)),
+        }
+    }
+
+    fn opened_by_store(
+        &self,
+        asked: &Asked,
+        manifest: &OpenManifest,
+    ) -> Result<OpenedImage, OpenError> {
+        let view = ImageView::of_manifest(manifest).map_err(|e| OpenError::of(&e))?;
+        Ok(self.opened(asked, view, Vec::new()))
     }
 
     /// An image with the tiers that its chunks come from.

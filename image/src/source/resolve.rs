@@ -37,6 +37,8 @@ pub struct ResolvedImage {
     pub media_type: String,
     /// The outermost index that led to it.
     pub index_digest: Option<Digest>,
+    /// That index, where it names the image itself.
+    pub index: Option<IndexDocument>,
     /// The layers, base first.
     pub layers: Vec<LayerDescriptor>,
     /// Digest of the configuration.
@@ -47,6 +49,47 @@ pub struct ResolvedImage {
     pub config_bytes: bytes::Bytes,
     /// The platform that the configuration names.
     pub platform: Platform,
+}
+
+/// An index as it is: what proves that its digest means an image.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct IndexDocument {
+    /// Its digest.
+    pub digest: Digest,
+    /// Its exact bytes.
+    pub bytes: bytes::Bytes,
+}
+
+impl IndexDocument {
+    /// Bytes that somebody says are the index of this digest.
+    ///
+    /// # Errors
+    /// [`SourceError::DigestMismatch`].
+    pub fn verified(digest: Digest, bytes: bytes::Bytes) -> Result<Self, SourceError> {
+        let actual = Digest::of(&bytes);
+        match actual == digest {
+            true => Ok(Self { digest, bytes }),
+            false => Err(SourceError::DigestMismatch {
+                what: format!("index {digest}"),
+                expected: digest.to_string(),
+                actual: actual.to_string(),
+            }),
+        }
+    }
+
+    /// The image manifest that it names for a platform.
+    ///
+    /// # Errors
+    /// When it is no index, has nothing for the platform, or names another index.
+    pub fn image(&self, platform: &Platform) -> Result<Digest, SourceError> {
+        let what = format!("index {}", self.digest);
+        let index = document::parse_index(&what, &self.bytes)?;
+        let chosen = choose(&index, Some(platform), &what)?;
+        match chosen.is_index() {
+            true => Err(SourceError::malformed(what, "it names another index")),
+            false => Ok(chosen.digest),
+        }
+    }
 }
 
 /// One layer.
@@ -91,7 +134,8 @@ pub(super) async fn digest(
     repository: &Repository,
     reference: ManifestRef,
 ) -> Result<ResolvedDigest, SourceError> {
-    let (found, index_digest) = follow(repository, reference).await?;
+    let (found, index) = follow(repository, reference).await?;
+    let index_digest = index.map(|index| index.outermost);
     Ok(match found {
         Found::Fetched(manifest, _) => ResolvedDigest {
             digest: manifest.digest,
@@ -112,7 +156,7 @@ pub(super) async fn image(
     repository: &Repository,
     reference: ManifestRef,
 ) -> Result<ResolvedImage, SourceError> {
-    let (found, index_digest) = follow(repository, reference).await?;
+    let (found, index) = follow(repository, reference).await?;
     let (manifest, image) = match found {
         Found::Fetched(manifest, image) => (manifest, image),
         Found::Named(descriptor) => {
@@ -165,7 +209,8 @@ pub(super) async fn image(
         digest: manifest.digest,
         manifest_size: manifest.bytes.len() as u64,
         media_type: manifest.media_type,
-        index_digest,
+        index_digest: index.as_ref().map(|index| index.outermost),
+        index: index.and_then(|index| index.itself),
         layers: layers
             .map(|(layer, diff_id)| LayerDescriptor {
                 digest: layer.digest,
@@ -181,23 +226,42 @@ pub(super) async fn image(
     })
 }
 
+/// The outermost index on the way to an image.
+struct Outermost {
+    outermost: Digest,
+    /// All of it, if it was the only one.
+    itself: Option<IndexDocument>,
+}
+
 /// Follows indexes until an image manifest is named or found.
 async fn follow(
     repository: &Repository,
     reference: ManifestRef,
-) -> Result<(Found, Option<Digest>), SourceError> {
+) -> Result<(Found, Option<Outermost>), SourceError> {
     let mut reference = reference;
-    let mut outermost = None;
+    let mut index_before: Option<Outermost> = None;
     for _ in 0..=MAX_INDEX_DEPTH {
         let what = format!("manifest {reference}");
         let manifest = repository.manifest(&reference, MAX_MANIFEST_BYTES).await?;
         match document::parse(&what, &manifest.media_type, &manifest.bytes)? {
-            Document::Image(image) => return Ok((Found::Fetched(manifest, image), outermost)),
+            Document::Image(image) => return Ok((Found::Fetched(manifest, image), index_before)),
             Document::Index(index) => {
-                outermost.get_or_insert(manifest.digest);
+                index_before = Some(match index_before {
+                    None => Outermost {
+                        outermost: manifest.digest,
+                        itself: Some(IndexDocument {
+                            digest: manifest.digest,
+                            bytes: manifest.bytes.clone(),
+                        }),
+                    },
+                    Some(before) => Outermost {
+                        outermost: before.outermost,
+                        itself: None,
+                    },
+                });
                 let chosen = choose(&index, repository.platform(), &what)?;
                 if !chosen.is_index() {
-                    return Ok((Found::Named(chosen.clone()), outermost));
+                    return Ok((Found::Named(chosen.clone()), index_before));
                 }
                 reference = ManifestRef::Digest(chosen.digest);
             }

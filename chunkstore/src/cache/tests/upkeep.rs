@@ -61,4 +61,11 @@ fn a_scrub_forgets_what_went_bad_and_nothing_else() {
         false
     });
     assert_eq!(once, 1);
+    // What was forgotten does not come back.
+    cache.close();
+    let cache = HostCache::open(dir.path(), small()).unwrap();
+    cache.flush();
+    assert_eq!(all.iter().filter(|(id, _)| cache.contains(id)).count(), 5);
+    let again = cache.scrub(&mut |_, _| true);
+    assert_eq!((again.good, again.bad), (5, 0));
 }

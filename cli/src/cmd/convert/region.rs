@@ -2,6 +2,7 @@
 
 use std::os::unix::fs::FileExt;
 use std::sync::Arc;
+use std::time::Duration;
 
 use bytes::Bytes;
 use futures_util::stream::{self, StreamExt, TryStreamExt};
@@ -9,6 +10,7 @@ use lazyimg_chunkstore::Guards;
 use lazyimg_chunkstore::remote::{
     RefCondition, StoreClient, StoreError, StoreErrorCode, StoreSettings,
 };
+use lazyimg_chunkstore::wire::{MAX_PROFILE, index_profile};
 use lazyimg_convergent::{ChunkId, KeyId};
 use lazyimg_image::convert::{Form, SpooledChunk};
 use lazyimg_image::reference::{ImageRef, ManifestRef, RegistryRef};
@@ -28,6 +30,9 @@ const ASKED: usize = 4096;
 /// How often a manifest is tried that the store says lacks chunks: another host may collect garbage
 /// meanwhile.
 const ROUNDS: usize = 5;
+
+/// How long each request is tried while the store is away: it may be starting anew.
+const PATIENCE: Duration = Duration::from_secs(60);
 
 /// What was done.
 #[derive(Debug, Clone, Copy, Default, Serialize)]
@@ -54,6 +59,7 @@ pub fn client(region: &Region) -> Result<Option<StoreClient>, Error> {
     let settings = StoreSettings {
         token_file: region.store_token_file.clone(),
         ca_file: region.store_ca.clone(),
+        patience: PATIENCE,
         ..StoreSettings::new(region.store.clone())
     };
     Ok(Some(StoreClient::new(settings, &Guards::default())?))
@@ -93,6 +99,20 @@ pub async fn push(
                     .collect();
             }
             Err(error) => return Err(error.into()),
+        }
+    }
+    // What proves to others that the index's digest means this image. Larger ones are for the registry.
+    if let Some(index) = &image.index
+        && index.bytes.len() <= MAX_PROFILE
+    {
+        let name = index_profile(&index.digest);
+        let put = client.put_profile(&image.digest, &name, index.bytes.clone());
+        match put.await {
+            // One image may be named by more indexes than are kept: the registry knows the others.
+            Err(error) if error.code() == Some(StoreErrorCode::Conflict) => {
+                tracing::warn!(index = %index.digest, %error, "the store does not keep this index");
+            }
+            done => done?,
         }
     }
     for name in names {

@@ -44,6 +44,32 @@ fn the_best_platform_wins_whatever_the_order() {
 }
 
 #[test]
+fn an_index_proves_its_image_by_its_own_bytes_only() {
+    let image = Digest::of(b"image");
+    let text = format!(
+        r#"{{"schemaVersion":2,"manifests":[{{"mediaType":"application/vnd.oci.image.manifest.v1+json",
+        "digest":"{image}","size":1,"platform":{{"os":"linux","architecture":"amd64"}}}}]}}"#
+    );
+    let digest = Digest::of(text.as_bytes());
+    let index = IndexDocument::verified(digest, text.clone().into()).unwrap();
+    assert_eq!(index.image(&"linux/amd64".parse().unwrap()).unwrap(), image);
+    assert!(matches!(
+        index.image(&"linux/s390x".parse().unwrap()),
+        Err(SourceError::NoPlatform { .. })
+    ));
+    let other = text.replace("amd64", "arm64");
+    assert!(matches!(
+        IndexDocument::verified(digest, other.into()),
+        Err(SourceError::DigestMismatch { .. })
+    ));
+    let nested = text.replace("image.manifest", "image.index");
+    let nested = IndexDocument::verified(Digest::of(nested.as_bytes()), nested.into()).unwrap();
+    assert!(nested.image(&"linux/amd64".parse().unwrap()).is_err());
+    let no_index = IndexDocument::verified(Digest::of(b"[]"), b"[]"[..].into()).unwrap();
+    assert!(no_index.image(&"linux/amd64".parse().unwrap()).is_err());
+}
+
+#[test]
 fn of_equal_entries_the_first_wins() {
     let entries = vec![
         entry("a", Some("linux/amd64")),
