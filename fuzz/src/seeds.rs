@@ -47,6 +47,7 @@ fn main() -> Result<(), Box<dyn Error>> {
     records(&corpus)?;
     store_records(&corpus)?;
     store_frames(&corpus)?;
+    store_heads(&corpus)?;
     messages(&corpus)?;
     documents(&corpus)?;
     answers(&corpus)
@@ -221,6 +222,18 @@ fn store_records(corpus: &Corpus) -> Result<(), Box<dyn Error>> {
     add("tail-key", &store_record::tail_key(at))?;
     add("tail", &store_record::tail_value(89))?;
     add("name", store_record::segment_name(at.number).as_bytes())
+}
+
+/// Requests for one chunk.
+fn store_heads(corpus: &Corpus) -> Result<(), Box<dyn Error>> {
+    let id = ChunkId([7; 32]).hex();
+    let head = format!("GET /v1/chunks/{id} HTTP/1.1\r\nhost: a\r\n");
+    corpus.add("store_head", "bare", format!("{head}\r\n"))?;
+    let token = "authorization: Bearer 0123456789abcdef\r\nconnection: keep-alive\r\n";
+    let one = format!("{head}{token}\r\n");
+    corpus.add("store_head", "two", one.repeat(2))?;
+    let body = format!("{head}content-length: 3\r\n\r\nabc");
+    corpus.add("store_head", "body", body)
 }
 
 /// Answers of a store to a request for chunks.

@@ -3,7 +3,7 @@
 //! This crate is the harness; the tests are in `tests/tests/`, each file one promise of the issue's
 //! section "What must hold". They need root, `/dev/fuse`, Debian's `docker-registry`, `skopeo`, `umoci`,
 //! `erofs-utils` and the images of `scripts/test-images`; what is missing is a failure with advice,
-//! never a skip. Everything lies below one directory for each test, in `$LAZYIMG_TEST_DIR` or `/var/tmp`,
+//! never a skip. The tests of a shared store need redis-server and Garage too. Everything lies below one directory for each test, in `$LAZYIMG_TEST_DIR` or `/var/tmp`,
 //! and goes away with it.
 
 pub mod binary;
@@ -16,6 +16,7 @@ pub mod proxy;
 pub mod registry;
 pub mod runs;
 pub mod sample;
+pub mod servers;
 pub mod store;
 pub mod tree;
 pub mod workdir;

@@ -1,7 +1,8 @@
 //! A regional store process: `lazyimg store serve`.
 
 use std::fs::{self, File};
-use std::io::{BufRead, BufReader};
+use std::io::{BufRead, BufReader, Read, Write};
+use std::net::TcpStream;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::time::Duration;
@@ -11,12 +12,13 @@ use rustix::process::{Pid, Signal, kill_process};
 use crate::process::{kill, wait_for};
 use crate::registry::free_port;
 
-/// A store on loopback with the embedded engine. Ends when dropped.
+/// A store on loopback. Ends when dropped.
 #[derive(Debug)]
 pub struct Store {
     dir: PathBuf,
-    port: u16,
+    listen: String,
     args: Vec<String>,
+    url: String,
     child: Option<Child>,
 }
 
@@ -31,18 +33,29 @@ impl Store {
     #[track_caller]
     pub fn start_with(dir: impl Into<PathBuf>, args: &[&str]) -> Self {
         let dir = dir.into();
+        let data = dir.join("data").to_string_lossy().into_owned();
+        let args = [&["--data", &data], args].concat();
+        Self::start_at(dir, &format!("127.0.0.1:{}", free_port()), &args)
+    }
+
+    /// Starts one that listens at `listen`, and whose flags say where it keeps what it holds. `dir` is
+    /// its home, and has its log.
+    #[track_caller]
+    pub fn start_at(dir: impl Into<PathBuf>, listen: &str, args: &[&str]) -> Self {
+        let dir = dir.into();
         fs::create_dir_all(&dir).expect("a test may write to its own directory");
         let mut store = Self {
             dir,
-            port: free_port(),
+            listen: listen.to_owned(),
             args: args.iter().map(|a| (*a).to_owned()).collect(),
+            url: String::new(),
             child: None,
         };
         store.restart();
         store
     }
 
-    /// Starts the process, on the port and directory that it had before.
+    /// Starts the process, with the address and the flags that it had before.
     #[track_caller]
     pub fn restart(&mut self) {
         assert!(self.child.is_none(), "it runs");
@@ -55,10 +68,7 @@ impl Store {
         let mut child = Command::new("setpriv")
             .args(["--pdeathsig", "KILL", "--"])
             .arg(crate::binary::lazyimg())
-            .args(["store", "serve", "--listen"])
-            .arg(format!("127.0.0.1:{}", self.port))
-            .arg("--data")
-            .arg(self.data())
+            .args(["store", "serve", "--listen", &self.listen])
             .args(&self.args)
             .env_clear()
             .env("HOME", &self.dir)
@@ -72,9 +82,14 @@ impl Store {
         let mut line = String::new();
         let out = child.stdout.take().expect("it is piped");
         let _ = BufReader::new(out).read_line(&mut line);
-        let log = || fs::read_to_string(self.log()).unwrap_or_default();
-        assert!(line.starts_with("serving "), "{line:?}\n{}", log());
         self.child = Some(child);
+        let url = line
+            .strip_prefix("serving ")
+            .and_then(|rest| rest.split(' ').next());
+        let log = || fs::read_to_string(self.log()).unwrap_or_default();
+        self.url = url
+            .unwrap_or_else(|| panic!("{line:?}\n{}", log()))
+            .to_owned();
     }
 
     /// Its directory of chunks and documents.
@@ -89,12 +104,41 @@ impl Store {
 
     /// Its address.
     pub fn url(&self) -> String {
-        format!("http://127.0.0.1:{}", self.port)
+        self.url.clone()
     }
 
     /// Its port.
     pub fn port(&self) -> u16 {
-        self.port
+        let port = self.listen.rsplit(':').next().and_then(|p| p.parse().ok());
+        port.expect("an address with a port")
+    }
+
+    /// What it counts, in Prometheus' text form. Only of a store without tenants and TLS.
+    #[track_caller]
+    pub fn metrics(&self) -> String {
+        let mut socket = TcpStream::connect(&self.listen).expect("it runs");
+        let head = format!(
+            "GET /metrics HTTP/1.1\r\nhost: {}\r\nconnection: close\r\n\r\n",
+            self.listen
+        );
+        let mut said = String::new();
+        let patience = Some(Duration::from_secs(60));
+        let done = socket
+            .set_read_timeout(patience)
+            .and_then(|()| socket.write_all(head.as_bytes()))
+            .and_then(|()| socket.read_to_string(&mut said));
+        done.unwrap_or_else(|e| panic!("{} does not tell its metrics: {e}", self.url));
+        assert!(said.starts_with("HTTP/1.1 200 "), "{said}");
+        said
+    }
+
+    /// One of its metrics, by name and labels as they are written; zero if it is not there yet.
+    #[track_caller]
+    pub fn metric(&self, series: &str) -> u64 {
+        let text = self.metrics();
+        let values = text.lines().filter_map(|line| line.strip_prefix(series));
+        let mut values = values.filter_map(|rest| rest.strip_prefix(' ')?.parse().ok());
+        values.next().unwrap_or(0)
     }
 
     /// Its process.

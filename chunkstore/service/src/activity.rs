@@ -8,6 +8,7 @@ use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 use std::task::{Context, Poll};
 use std::time::Duration;
 
+use bytes::{Bytes, BytesMut};
 use parking_lot::Mutex;
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 use tokio::time::Instant;
@@ -19,7 +20,8 @@ pub struct Patience {
     pub head: Duration,
     /// Between requests.
     pub idle: Duration,
-    /// Between bytes of an answer that the client takes.
+    /// Between bytes of an answer that the client takes; with HTTP/2, between pieces of answers, each at
+    /// most a chunk.
     pub stall: Duration,
 }
 
@@ -57,7 +59,7 @@ pub(crate) struct Activity {
     head: AtomicU64,
     requests: AtomicUsize,
     bodies: AtomicUsize,
-    /// HTTP/2: frames come between requests too, and its own pings find who is gone.
+    /// HTTP/2: frames come and go that belong to no request, so only requests and answers count.
     multiplexed: AtomicBool,
 }
 
@@ -82,6 +84,7 @@ impl Activity {
     pub fn request(self: &Arc<Self>, multiplexed: bool) -> UnderWay {
         self.requests.fetch_add(1, Ordering::Relaxed);
         self.head.store(NONE, Ordering::Relaxed);
+        self.moved.store(self.now(), Ordering::Relaxed);
         if multiplexed {
             self.multiplexed.store(true, Ordering::Relaxed);
         }
@@ -104,8 +107,7 @@ impl Activity {
             return Verdict::Fine;
         }
         let begun = self.head.load(Ordering::Relaxed) != NONE;
-        let one_by_one = !self.multiplexed.load(Ordering::Relaxed);
-        if begun && one_by_one && since(&self.head) > patience.head {
+        if begun && since(&self.head) > patience.head {
             return Verdict::Stalled("the head of a request does not come");
         }
         match since(&self.moved) > patience.idle {
@@ -114,7 +116,11 @@ impl Activity {
         }
     }
 
-    fn read(&self) {
+    /// Bytes came.
+    pub fn read(&self) {
+        if self.multiplexed.load(Ordering::Relaxed) {
+            return;
+        }
         let now = self.now();
         self.moved.store(now, Ordering::Relaxed);
         if self.requests.load(Ordering::Relaxed) == 0 && self.head.load(Ordering::Relaxed) == NONE {
@@ -122,7 +128,15 @@ impl Activity {
         }
     }
 
-    fn wrote(&self) {
+    /// Bytes went.
+    pub fn wrote(&self) {
+        if !self.multiplexed.load(Ordering::Relaxed) {
+            self.progress();
+        }
+    }
+
+    /// An answer goes on.
+    fn progress(&self) {
         let now = self.now();
         self.moved.store(now, Ordering::Relaxed);
         self.written.store(now, Ordering::Relaxed);
@@ -142,14 +156,48 @@ impl UnderWay {
         if !self.body {
             self.body = true;
             // What was written before was another answer.
-            self.of.wrote();
+            self.of.progress();
             self.of.bodies.fetch_add(1, Ordering::Relaxed);
         }
     }
 }
 
+/// A piece of an answer, until the connection has let go of it.
+struct Piece {
+    bytes: Bytes,
+    under_way: Arc<UnderWay>,
+}
+
+impl AsRef<[u8]> for Piece {
+    fn as_ref(&self) -> &[u8] {
+        &self.bytes
+    }
+}
+
+impl Drop for Piece {
+    fn drop(&mut self) {
+        self.under_way.of.progress();
+    }
+}
+
+impl UnderWay {
+    /// A piece of the answer is wanted: gives it on. With HTTP/2 the answer is under way until the
+    /// connection has let go of all pieces; with HTTP/1 that is when the answer is dropped.
+    pub fn piece(self: &Arc<Self>, bytes: Bytes) -> Bytes {
+        if bytes.is_empty() || !self.of.multiplexed.load(Ordering::Relaxed) {
+            return bytes;
+        }
+        self.of.progress();
+        Bytes::from_owner(Piece {
+            bytes,
+            under_way: Arc::clone(self),
+        })
+    }
+}
+
 impl Drop for UnderWay {
     fn drop(&mut self) {
+        self.of.progress();
         self.of.requests.fetch_sub(1, Ordering::Relaxed);
         if self.body {
             self.of.bodies.fetch_sub(1, Ordering::Relaxed);
@@ -176,12 +224,18 @@ impl Shared {
 #[derive(Debug)]
 pub(crate) struct Socket<S> {
     socket: S,
+    /// What was read from it already.
+    before: BytesMut,
     activity: Arc<Activity>,
 }
 
 impl<S> Socket<S> {
-    pub fn new(socket: S, activity: Arc<Activity>) -> Self {
-        Self { socket, activity }
+    pub fn new(socket: S, before: BytesMut, activity: Arc<Activity>) -> Self {
+        Self {
+            socket,
+            before,
+            activity,
+        }
     }
 }
 
@@ -191,6 +245,11 @@ impl<S: AsyncRead + Unpin> AsyncRead for Socket<S> {
         cx: &mut Context<'_>,
         buf: &mut ReadBuf<'_>,
     ) -> Poll<io::Result<()>> {
+        if !self.before.is_empty() {
+            let len = self.before.len().min(buf.remaining());
+            buf.put_slice(&self.before.split_to(len));
+            return Poll::Ready(Ok(()));
+        }
         let before = buf.filled().len();
         let done = Pin::new(&mut self.socket).poll_read(cx, buf);
         if buf.filled().len() > before {
@@ -274,18 +333,56 @@ mod tests {
             "a byte now and then is no head"
         );
         drop(activity.request(true));
+        advance(SECOND * 200).await;
         activity.read();
-        advance(SECOND * 200).await;
-        assert_eq!(verdict(), Verdict::Fine, "HTTP/2 has its own pings");
-        advance(SECOND * 200).await;
-        assert_eq!(verdict(), Verdict::Idle);
+        activity.wrote();
+        assert_eq!(
+            verdict(),
+            Verdict::Fine,
+            "frames without a request are no head"
+        );
+        advance(SECOND * 101).await;
+        assert_eq!(
+            verdict(),
+            Verdict::Idle,
+            "and pings no use of the connection"
+        );
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn with_http_2_an_answer_goes_on_when_its_pieces_do_and_not_because_others_move() {
+        let activity = Activity::new();
+        let verdict = || activity.verdict(&patience());
+        let mut under_way = activity.request(true);
+        under_way.answer();
+        let under_way = Arc::new(under_way);
+        let pieces: Vec<_> = (0..2)
+            .map(|_| under_way.piece(Bytes::from_static(b"piece")))
+            .collect();
+        drop(under_way);
+        for piece in pieces {
+            for _ in 0..5 {
+                advance(SECOND * 11).await;
+                activity.read();
+                activity.wrote();
+            }
+            assert_eq!(verdict(), Verdict::Fine);
+            let held = piece.clone();
+            drop(piece);
+            advance(SECOND * 6).await;
+            assert!(matches!(verdict(), Verdict::Stalled(_)), "it is held still");
+            drop(held);
+            assert_eq!(verdict(), Verdict::Fine);
+        }
+        advance(SECOND * 301).await;
+        assert_eq!(verdict(), Verdict::Idle, "nothing is under way");
     }
 
     #[tokio::test(start_paused = true)]
     async fn an_answer_may_take_long_to_begin_but_then_it_must_be_taken() {
         let (ours, mut theirs) = tokio::io::duplex(64);
         let activity = Activity::new();
-        let mut socket = Socket::new(ours, Arc::clone(&activity));
+        let mut socket = Socket::new(ours, BytesMut::new(), Arc::clone(&activity));
         let verdict = || activity.verdict(&patience());
         let mut under_way = activity.request(false);
         advance(SECOND * 1000).await;

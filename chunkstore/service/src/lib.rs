@@ -3,6 +3,7 @@
 mod activity;
 pub mod audit;
 pub mod catalog;
+mod direct;
 pub mod engine;
 pub mod http;
 mod leases;

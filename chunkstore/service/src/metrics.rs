@@ -30,6 +30,8 @@ pub struct Metrics {
     routes: Vec<OfRoute>,
     /// Chunks that were asked for and found.
     pub chunk_hits: IntCounter,
+    /// Of those, how many the kernel sent from their files.
+    pub chunks_from_files: IntCounter,
     /// Chunks that were asked for and not found.
     pub chunk_misses: IntCounter,
     /// Chunks that somebody was told to bring.
@@ -137,6 +139,10 @@ impl Metrics {
                 "lazyimg_store_chunk_hits_total",
                 "Chunks that were asked for and found.",
             )?,
+            chunks_from_files: m.counter(
+                "lazyimg_store_chunks_from_files_total",
+                "Chunks that were found and sent by the kernel from their files, without a copy.",
+            )?,
             chunk_misses: m.counter(
                 "lazyimg_store_chunk_misses_total",
                 "Chunks that were asked for and not found.",
@@ -217,7 +223,11 @@ impl Metrics {
     /// Counts a pass of garbage collection that changed something or failed.
     pub fn gc(&self, result: Option<&GcReport>, took: Duration) {
         let gc = &self.gc;
-        let outcome = if result.is_some() { "done" } else { "failed" };
+        let clean = |report: &GcReport| report.roots.iter().all(|root| root.error.is_none());
+        let outcome = match result.is_some_and(clean) {
+            true => "done",
+            false => "failed",
+        };
         gc.passes.with_label_values(&[outcome]).inc();
         gc.seconds.set(took.as_secs() as i64);
         let Some(report) = result else { return };

@@ -2,13 +2,14 @@
 
 use std::io;
 use std::net::SocketAddr;
-use std::pin::pin;
+use std::pin::{Pin, pin};
 use std::sync::Arc;
 use std::time::Duration;
 
 use axum::Router;
 use axum::body::Body;
 use axum::http::{Request, Version};
+use bytes::BytesMut;
 use hyper::body::Incoming;
 use hyper::service::{Service as _, service_fn};
 use hyper_util::rt::{TokioExecutor, TokioIo, TokioTimer};
@@ -24,6 +25,7 @@ use tokio_util::sync::CancellationToken;
 
 use crate::activity::{Activity, Patience, Shared, Socket, Verdict};
 use crate::audit::Act;
+use crate::direct::{self, Ended};
 use crate::http::{self, App, Parts};
 use crate::tls::{Tls, TlsError};
 
@@ -35,6 +37,9 @@ const FLUSH: Duration = Duration::from_secs(30);
 
 /// Bytes of one connection's buffer. A head of a request must fit.
 const BUFFER: usize = 128 << 10;
+
+/// Requests of one HTTP/2 connection at a time.
+const MAX_STREAMS: u32 = 100;
 
 /// How a store listens and ends.
 #[derive(Debug)]
@@ -269,6 +274,15 @@ async fn accept(listener: &TcpListener, connections: Connections, tasks: &mut Jo
     }
 }
 
+/// Why a connection is asked to end.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Why {
+    /// The store ends.
+    Draining,
+    /// It is not used.
+    Idle,
+}
+
 /// What every connection is served with.
 struct Connections {
     router: Router,
@@ -290,11 +304,14 @@ impl Connections {
             tracing::debug!(%peer, "TCP_NODELAY: {error}");
         }
         let Some(acceptor) = &self.acceptor else {
-            return self.talk(stream, peer).await;
+            return self.speak_plain(stream, peer).await;
         };
         let patience = self.options.patience.head;
         match tokio::time::timeout(patience, acceptor.accept(stream)).await {
-            Ok(Ok(stream)) => self.talk(stream, peer).await,
+            Ok(Ok(stream)) => {
+                let activity = Activity::new();
+                self.talk(stream, BytesMut::new(), activity, peer).await;
+            }
             Ok(Err(error)) => {
                 self.app.metrics.handshakes_failed.inc();
                 tracing::debug!(%peer, "TLS handshake: {error}");
@@ -303,17 +320,51 @@ impl Connections {
         }
     }
 
-    async fn talk<S>(&self, stream: S, peer: SocketAddr)
+    /// Begins with requests for chunks, which need no HTTP library.
+    async fn speak_plain(&self, stream: TcpStream, peer: SocketAddr) {
+        let activity = Activity::new();
+        let ended = {
+            let mut direct = pin!(direct::serve(&self.app, &stream, &activity));
+            // It sees for itself when the store ends.
+            let end = |_: Pin<&mut _>, why| why == Why::Draining;
+            self.watch(direct.as_mut(), &activity, peer, end).await
+        };
+        match ended {
+            Some(Ok(Ended::Other(before))) => self.talk(stream, before, activity, peer).await,
+            Some(Err(error)) => tracing::debug!(%peer, "connection: {error}"),
+            Some(Ok(Ended::Closed)) | None => {}
+        }
+    }
+
+    async fn talk<S>(&self, stream: S, before: BytesMut, activity: Arc<Activity>, peer: SocketAddr)
     where
         S: AsyncRead + AsyncWrite + Unpin + Send + 'static,
     {
-        let activity = Activity::new();
-        let socket = TokioIo::new(Socket::new(stream, Arc::clone(&activity)));
+        let socket = TokioIo::new(Socket::new(stream, before, Arc::clone(&activity)));
         let router = TowerToHyperService::new(self.router.clone());
         let seen = Arc::clone(&activity);
         let service = service_fn(move |request| router.call(watched(&seen, request)));
         let builder = builder();
         let mut connection = pin!(builder.serve_connection(socket, service));
+        let end = |connection: Pin<&mut auto::Connection<'_, _, _, _>>, _| {
+            connection.graceful_shutdown();
+            true
+        };
+        let done = self.watch(connection.as_mut(), &activity, peer, end).await;
+        if let Some(Err(error)) = done {
+            tracing::debug!(%peer, "connection: {error}");
+        }
+    }
+
+    /// Has a connection served until it ends, and none that does not move. `end` asks it to end, once,
+    /// and says whether to wait for that.
+    async fn watch<C: Future>(
+        &self,
+        mut connection: Pin<&mut C>,
+        activity: &Activity,
+        peer: SocketAddr,
+        end: impl Fn(Pin<&mut C>, Why) -> bool,
+    ) -> Option<C::Output> {
         let patience = &self.options.patience;
         let shortest = patience.head.min(patience.idle).min(patience.stall);
         let mut ticks = tokio::time::interval((shortest / 4).max(Duration::from_millis(10)));
@@ -321,27 +372,26 @@ impl Connections {
         let mut ending = false;
         loop {
             tokio::select! {
-                done = connection.as_mut() => {
-                    if let Err(error) = done {
-                        tracing::debug!(%peer, "connection: {error}");
-                    }
-                    return;
-                }
+                done = connection.as_mut() => return Some(done),
                 () = self.app.draining.cancelled(), if !ending => {
                     ending = true;
-                    connection.as_mut().graceful_shutdown();
+                    if !end(connection.as_mut(), Why::Draining) {
+                        return None;
+                    }
                 }
                 _ = ticks.tick() => match activity.verdict(patience) {
                     Verdict::Fine => {}
                     Verdict::Idle if !ending => {
                         ending = true;
-                        connection.as_mut().graceful_shutdown();
+                        if !end(connection.as_mut(), Why::Idle) {
+                            return None;
+                        }
                     }
                     Verdict::Idle => {}
                     Verdict::Stalled(why) => {
                         self.app.metrics.stalled.inc();
                         tracing::debug!(%peer, "connection closed: {why}");
-                        return;
+                        return None;
                     }
                 }
             }
@@ -368,11 +418,11 @@ fn builder() -> auto::Builder<TokioExecutor> {
     builder
         .http2()
         .timer(TokioTimer::new())
-        .max_concurrent_streams(256)
+        .max_concurrent_streams(MAX_STREAMS)
         .max_header_list_size(32 << 10)
         // A chunk comes without waiting for room.
-        .initial_stream_window_size(2 << 20)
-        .initial_connection_window_size(8 << 20)
+        .initial_stream_window_size((1 << 20) + (64 << 10))
+        .initial_connection_window_size(4 << 20)
         .max_send_buf_size(1 << 20)
         .keep_alive_interval(Duration::from_secs(30))
         .keep_alive_timeout(Duration::from_secs(20));
@@ -381,18 +431,24 @@ fn builder() -> auto::Builder<TokioExecutor> {
 
 /// What has to be done now and then.
 async fn upkeep(app: Arc<App>, tls: Option<Arc<Tls>>) {
-    let mut looks = tokio::time::interval(LOOK);
-    let mut flushes = tokio::time::interval(FLUSH);
-    loop {
-        tokio::select! {
-            _ = looks.tick() => reload(&app, tls.as_ref(), false).await,
-            _ = flushes.tick() => {
-                if let Err(error) = app.catalog.flush_usage().await {
-                    tracing::warn!("what tenants use was not written down: {error}");
-                }
+    let look = async {
+        let mut looks = tokio::time::interval(LOOK);
+        loop {
+            looks.tick().await;
+            reload(&app, tls.as_ref(), false).await;
+        }
+    };
+    let flush = async {
+        let mut flushes = tokio::time::interval(FLUSH);
+        loop {
+            flushes.tick().await;
+            if let Err(error) = app.catalog.flush_usage().await {
+                tracing::warn!("what tenants use was not written down: {error}");
             }
         }
-    }
+    };
+    // Side by side: a token that was taken back is not to work until a slow engine has answered.
+    tokio::join!(look, flush);
 }
 
 /// Reads tenants and certificates again: what looks changed, or everything.

@@ -8,7 +8,7 @@ use std::sync::Arc;
 use std::sync::atomic::Ordering::Relaxed;
 use std::time::{Duration, Instant};
 
-use engines_support::servers::{Garage, Redis};
+use engines_support::servers::{self, Garage, Redis};
 use engines_support::{chunk, conformance, root};
 use lazyimg_store::engine::config::{EngineSettings, Opened, RedisSettings, S3Settings};
 use lazyimg_store::engine::embedded::{EmbeddedEngine, EmbeddedOptions};
@@ -63,7 +63,7 @@ async fn the_embedded_engine_keeps_the_promises() {
 async fn the_redis_engine_keeps_the_promises() {
     let redis = Redis::start(256, "maxmemory-policy noeviction");
     conformance::all(true, |name| {
-        let engine: Arc<dyn Engine> = Arc::new(redis.settings(name).open().unwrap());
+        let engine: Arc<dyn Engine> = Arc::new(servers::redis(&redis, name).open().unwrap());
         async move { engine }
     })
     .await;
@@ -73,7 +73,7 @@ async fn the_redis_engine_keeps_the_promises() {
 async fn the_s3_engine_keeps_the_promises() {
     let garage = Garage::start();
     // Garage has no conditional writes: several can believe to have been the first.
-    conformance::all(false, |name| s3(garage.settings(name))).await;
+    conformance::all(false, |name| s3(servers::s3(&garage, name))).await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -81,7 +81,10 @@ async fn a_hot_redis_before_the_embedded_engine_keeps_the_promises() {
     let redis = Redis::start(32, "maxmemory-policy allkeys-lru");
     let dir = tempfile::tempdir().unwrap();
     conformance::all(true, |name| {
-        let engine = hot(&redis.settings(name), embedded(&dir.path().join(name)));
+        let engine = hot(
+            &servers::redis(&redis, name),
+            embedded(&dir.path().join(name)),
+        );
         async move { engine }
     })
     .await;
@@ -92,7 +95,7 @@ async fn a_hot_redis_before_s3_keeps_the_promises() {
     let redis = Redis::start(32, "maxmemory-policy allkeys-lru");
     let garage = Garage::start();
     conformance::all(false, |name| {
-        let (redis, garage) = (redis.settings(name), garage.settings(name));
+        let (redis, garage) = (servers::redis(&redis, name), servers::s3(&garage, name));
         async move { hot(&redis, s3(garage).await) }
     })
     .await;
@@ -101,25 +104,25 @@ async fn a_hot_redis_before_s3_keeps_the_promises() {
 #[tokio::test(flavor = "multi_thread")]
 async fn what_s3_holds_is_there_for_the_next_process() {
     let garage = Garage::start();
-    let first = s3(garage.settings("again")).await;
+    let first = s3(servers::s3(&garage, "again")).await;
     let (id, bytes) = chunk(1, 600_000);
     first.put_chunk(root(1), &id, bytes.clone()).await.unwrap();
     first.close().await;
-    let second = s3(garage.settings("again")).await;
+    let second = s3(servers::s3(&garage, "again")).await;
     assert_eq!(second.get_chunk(root(1), &id).await.unwrap(), Some(bytes));
-    let other = s3(garage.settings("another")).await;
+    let other = s3(servers::s3(&garage, "another")).await;
     assert_eq!(other.get_chunk(root(1), &id).await.unwrap(), None);
 }
 
 #[tokio::test(flavor = "multi_thread")]
 async fn s3_settings_that_do_not_work_are_named() {
     let garage = Garage::start();
-    let mut wrong_secret = garage.settings("x");
+    let mut wrong_secret = servers::s3(&garage, "x");
     let dir = tempfile::tempdir().unwrap();
     let path = dir.path().join("wrong");
     std::fs::write(&path, "0".repeat(64)).unwrap();
     wrong_secret.secret_access_key_file = Some(path);
-    let mut no_bucket = garage.settings("x");
+    let mut no_bucket = servers::s3(&garage, "x");
     no_bucket.bucket = "nothing".to_owned();
     for (settings, word) in [(wrong_secret, "credentials"), (no_bucket, "bucket")] {
         let Err(e) = settings.open().await else {
@@ -134,7 +137,7 @@ async fn s3_settings_that_do_not_work_are_named() {
 #[tokio::test(flavor = "multi_thread")]
 async fn a_full_redis_says_so_and_keeps_what_it_has() {
     let redis = Redis::start(8, "maxmemory-policy noeviction");
-    let engine = redis.settings("full").open().unwrap();
+    let engine = servers::redis(&redis, "full").open().unwrap();
     let mut kept = Vec::new();
     let full = loop {
         let (id, bytes) = chunk(kept.len() as u64, 300_000);
@@ -155,7 +158,7 @@ async fn a_full_redis_says_so_and_keeps_what_it_has() {
 #[tokio::test(flavor = "multi_thread")]
 async fn redis_asks_for_its_password_and_takes_the_one_in_the_file() {
     let redis = Redis::start(32, "requirepass sesame");
-    let mut settings = redis.settings("secret");
+    let mut settings = servers::redis(&redis, "secret");
     let refused = settings.open().unwrap().check().await;
     assert!(matches!(refused, Err(EngineError::Setup(_))), "{refused:?}");
     settings.password_file = Some(redis.file("wrong", "simsalabim\n"));
@@ -168,7 +171,7 @@ async fn redis_asks_for_its_password_and_takes_the_one_in_the_file() {
 #[tokio::test(flavor = "multi_thread")]
 async fn chunks_in_redis_expire() {
     let redis = Redis::start(32, "");
-    let engine = redis.settings("ttl").open().unwrap();
+    let engine = servers::redis(&redis, "ttl").open().unwrap();
     let (id, bytes) = chunk(1, 1000);
     engine.put_chunk(root(1), &id, bytes).await.unwrap();
     let key = format!("ttl:roots/r00000001/chunks/{}", id.hex());
@@ -183,7 +186,7 @@ async fn chunks_in_redis_expire() {
 
 async fn with_hot(redis: &Redis, dir: &Path) -> Opened {
     let settings = EngineSettings {
-        hot: Some(redis.settings("hot")),
+        hot: Some(servers::redis(redis, "hot")),
         ..EngineSettings::embedded(dir)
     };
     settings.open().await.unwrap()
@@ -286,7 +289,7 @@ async fn a_copy_in_redis_that_somebody_has_changed_is_not_given_out() {
 async fn servers_that_are_not_there_are_unavailable() {
     let dir = tempfile::tempdir().unwrap();
     let mut redis = Redis::start(8, "");
-    let settings = redis.settings("x");
+    let settings = servers::redis(&redis, "x");
     redis.kill();
     let down = settings.open().unwrap().check().await;
     assert!(matches!(down, Err(EngineError::Unavailable(_))), "{down:?}");

@@ -55,7 +55,7 @@ Examples:
 A tenants file; token files lie beside it, mode 0600:
   [tenants.team-a]
   token-files = [\"team-a.token\"]
-  rights = [\"read\", \"write\"]         # and \"administer\"
+  rights = [\"read\", \"write\"]         # and \"administer\", \"observe\"
   quota = \"100GiB\"
 
 Tenants, tokens and certificates are read again when they change, and on SIGHUP. To rotate a token, name the
@@ -63,7 +63,7 @@ new file beside the old one, give it to the hosts, then take the old one out. SI
 under way are finished; a second one ends at once.
 
 Without --data the engine is what [engine.embedded], [engine.s3] and [engine.hot] of the configuration
-file say: docs/store.md.")]
+file say: docs/operations.md.")]
 pub struct StoreServe {
     /// Address and port to listen at; port 0 for any.
     #[arg(long, value_name = "ADDR", default_value = "127.0.0.1:7070")]
@@ -185,13 +185,18 @@ pub struct StoreAct {
 /// `lazyimg store acknowledge`.
 #[derive(Debug, Args)]
 #[command(after_help = "\
-Example:
+Examples:
   lazyimg store acknowledge r00000001 --store http://127.0.0.1:7070
-An alarm means that something read what no live image names. Find out what; then acknowledge it.")]
+  lazyimg store acknowledge r00000001 --ignore-alarms --store http://127.0.0.1:7070
+An alarm means that something read what no live image names. Find out what; then acknowledge it. When the
+same goes on and on, and need not be kept, --ignore-alarms lets the root go all the same.")]
 pub struct StoreAcknowledge {
     /// The root.
     #[arg(value_name = "ROOT")]
     pub root: RootId,
+    /// From now on no alarm keeps this root: it goes after the grace time, whoever reads from it.
+    #[arg(long)]
+    pub ignore_alarms: bool,
     #[command(flatten)]
     /// Which store.
     pub at: StoreAddress,

@@ -5,14 +5,14 @@ use std::collections::HashSet;
 use bytes::Bytes;
 use futures_util::{StreamExt, TryStreamExt, stream};
 use lazyimg_convergent::{ChunkId, MAX_STORED_LEN};
-use tokio::time::Instant;
+use parking_lot::Mutex;
 
-use crate::engine::{EngineError, RootId};
+use crate::engine::{EngineError, FilePart, RootId};
 
 use super::images::TRIES;
-use super::roots::View;
+use super::roots::{RootView, View};
 use super::types::{Put, RootState, TenantName};
-use super::{Catalog, CatalogError};
+use super::{Catalog, CatalogError, MAX_MISSING};
 
 /// Chunks that are looked up at once while an image is brought along.
 const BATCH: usize = 1024;
@@ -50,12 +50,41 @@ impl Brought {
 }
 
 /// Whose chunks are brought.
-#[derive(Clone, Copy, PartialEq, Eq)]
-pub(super) enum Right {
+#[derive(Clone, Copy)]
+pub(super) enum Right<'a> {
     /// Of one who asks: a grant must be found.
     Asked,
-    /// Of a live image: its tenant had all grants when it was put.
-    Live,
+    /// Of a live image: its tenant had all grants when it was put. The older root may go when it has
+    /// moved: so copies that are in the active root already are looked at, and replaced if they are
+    /// bad, while there is a good one.
+    Live(&'a Verified),
+}
+
+impl Right<'_> {
+    fn is_live(self) -> bool {
+        matches!(self, Self::Live(_))
+    }
+}
+
+/// Copies in the active root that a pass of garbage collection has found good, or has written.
+#[derive(Debug, Default)]
+pub(super) struct Verified(Mutex<HashSet<(RootId, ChunkId)>>);
+
+/// So many are remembered; then it begins anew.
+const MAX_VERIFIED: usize = 1 << 20;
+
+impl Verified {
+    fn has(&self, root: RootId, id: &ChunkId) -> bool {
+        self.0.lock().contains(&(root, *id))
+    }
+
+    fn add(&self, root: RootId, id: &ChunkId) {
+        let mut verified = self.0.lock();
+        if verified.len() >= MAX_VERIFIED {
+            verified.clear();
+        }
+        verified.insert((root, *id));
+    }
 }
 
 impl Catalog {
@@ -73,19 +102,23 @@ impl Catalog {
         repair: bool,
     ) -> Result<Put, CatalogError> {
         let len = checked_len(&bytes)?;
-        for _ in 0..TRIES {
-            let view = self.view().await?;
-            let root = view.active()?;
-            let put = self
-                .put_into(&view, tenant, quota, id, (bytes.clone(), len), repair)
-                .await?;
-            if self.view().await?.living().any(|living| living == root) {
-                return Ok(put);
+        let (tenant, id) = (tenant.clone(), *id);
+        self.unbroken(move |this| async move {
+            for _ in 0..TRIES {
+                let view = this.view().await?;
+                let root = view.active()?;
+                let put = this
+                    .put_into(&view, &tenant, quota, &id, (bytes.clone(), len), repair)
+                    .await?;
+                if this.view().await?.living().any(|living| living == root) {
+                    return Ok(put);
+                }
+                let now = this.fresh_view().await?;
+                this.clean_up_if_gone(&now, root).await?;
             }
-            let now = self.fresh_view().await?;
-            self.clean_up_if_gone(&now, root).await?;
-        }
-        Err(CatalogError::RootsMove)
+            Err(CatalogError::RootsMove)
+        })
+        .await
     }
 
     /// [`Catalog::put_chunk`] into the active root of `view`.
@@ -105,26 +138,28 @@ impl Catalog {
                 Kept::New | Kept::Replaced => Put::Repaired,
             });
         }
-        let mut before = None;
-        for root in view.living().rev().filter(|root| *root != active) {
-            if self.granted_one(root, tenant, id).await? {
-                before = Some(root);
-                break;
+        // Where it is counted, and whether the tenant need not have put it again.
+        let (mut before, mut known) = (None, false);
+        for root in view.readable().filter(|root| root.id != active) {
+            if self.granted_one(root.id, tenant, id).await? {
+                before = before.or(Some(root.id));
+                known = root.state <= RootState::Retired;
+                if known {
+                    break;
+                }
             }
         }
         let new_bytes = if before.is_some() { 0 } else { len.into() };
         let _room = self.reserve(view, tenant, quota, new_bytes).await?;
         let kept = self.keep(active, id, bytes, repair).await?;
         if self.grant(active, tenant, id, len).await? {
-            self.usage.add(active, tenant, len.into());
-            if let Some(root) = before {
-                self.usage.add(root, tenant, -i64::from(len));
-            }
+            self.count_chunk(active, tenant, len, before);
         }
-        Ok(match (before, kept) {
-            (_, Kept::Replaced) => Put::Repaired,
-            (Some(_), _) => Put::Known,
-            (None, _) => Put::New,
+        // The tenant's own puts decide: whether others had the chunk, and in what state, is not told.
+        Ok(match (known, kept) {
+            (false, _) => Put::New,
+            (true, Kept::Replaced) => Put::Repaired,
+            (true, _) => Put::Known,
         })
     }
 
@@ -135,21 +170,23 @@ impl Catalog {
         bytes: Bytes,
         repair: bool,
     ) -> Result<Kept, CatalogError> {
-        if repair {
-            let bad = match self.engine.get_chunk(root, id).await {
-                Ok(copy) => copy.is_some_and(|copy| ChunkId::of(&copy) != *id),
-                Err(EngineError::Damaged(_)) => true,
-                Err(error) => return Err(error.into()),
-            };
-            if bad {
-                self.engine.replace_chunk(root, id, bytes).await?;
-                return Ok(Kept::Replaced);
-            }
+        if repair && self.is_bad(root, id).await? {
+            self.engine.replace_chunk(root, id, bytes).await?;
+            return Ok(Kept::Replaced);
         }
         Ok(match self.engine.put_chunk(root, id, bytes).await? {
             true => Kept::New,
             false => Kept::WasThere,
         })
+    }
+
+    /// Whether the copy that a root keeps is not what its id says.
+    async fn is_bad(&self, root: RootId, id: &ChunkId) -> Result<bool, CatalogError> {
+        match self.engine.get_kept_chunk(root, id).await {
+            Ok(copy) => Ok(copy.is_some_and(|copy| ChunkId::of(&copy) != *id)),
+            Err(EngineError::Damaged(_)) => Ok(true),
+            Err(error) => Err(error.into()),
+        }
     }
 
     async fn granted_one(
@@ -177,6 +214,19 @@ impl Catalog {
         })
     }
 
+    /// A chunk that [`Catalog::get_chunk`] would give, where it is known without asking the engine that
+    /// the tenant may have it, and the engine can have it sent from a file. Does not block.
+    pub fn ready_chunk(&self, tenant: &TenantName, id: &ChunkId) -> Option<FilePart> {
+        let view = self.known_view()?;
+        // Reads from an expired root raise alarms.
+        let usual = view
+            .readable()
+            .filter(|root| root.state != RootState::Expired);
+        usual
+            .filter(|root| self.grants.knows(root.id, tenant, id))
+            .find_map(|root| self.engine.ready_chunk(root.id, id))
+    }
+
     /// The length of a chunk that [`Catalog::get_chunk`] would give; alarms are raised alike.
     ///
     /// # Errors
@@ -198,11 +248,10 @@ impl Catalog {
         id: &ChunkId,
         ask: Ask,
     ) -> Result<Option<Found>, CatalogError> {
-        let mut view = self.view().await?;
+        let mut look = self.look().await?;
         let mut damage = None;
         loop {
-            let began = Instant::now();
-            for root in view.readable() {
+            for root in look.view.readable() {
                 if !self.granted_one(root.id, tenant, id).await? {
                     continue;
                 }
@@ -221,9 +270,8 @@ impl Catalog {
                     return Ok(Some(found));
                 }
             }
-            match self.newer_view(&view, began).await? {
-                Some(newer) => view = newer,
-                None => return damage.map_or(Ok(None), |damage| Err(damage.into())),
+            if !self.look_again(&mut look).await? {
+                return damage.map_or(Ok(None), |damage| Err(damage.into()));
             }
         }
     }
@@ -280,13 +328,15 @@ impl Catalog {
         view: &View,
         tenant: &TenantName,
         chunks: &[(ChunkId, u32)],
-        right: Right,
+        right: Right<'_>,
     ) -> Result<Brought, CatalogError> {
         let mut brought = Brought::default();
         for batch in chunks.chunks(BATCH) {
             self.bring_batch(view, tenant, batch, right, &mut brought)
                 .await?;
-            if brought.wrong_length.is_some() {
+            // Who asks is not told of more: a manifest may name a million that nobody has.
+            let enough = !right.is_live() && brought.missing.len() > MAX_MISSING;
+            if brought.wrong_length.is_some() || enough {
                 break;
             }
         }
@@ -298,53 +348,60 @@ impl Catalog {
         view: &View,
         tenant: &TenantName,
         chunks: &[(ChunkId, u32)],
-        right: Right,
+        right: Right<'_>,
         brought: &mut Brought,
     ) -> Result<(), CatalogError> {
         let active = view.active()?;
         let ids: Vec<ChunkId> = chunks.iter().map(|(id, _)| *id).collect();
         let granted = self.granted(active, tenant, &ids).await?;
-        let lengths = self.engine.stat_chunks(active, &ids).await?;
 
-        // Where the tenant's right comes from, of those that it does not have in the active root.
+        // Where those are counted that have no grant in the active root, and whether that is a right:
+        // what was put and not named before its root expired must be put again.
+        let lives = |root: &RootView| right.is_live() || root.state <= RootState::Retired;
         let mut from: Vec<Option<RootId>> = vec![None; ids.len()];
-        let older: Vec<RootId> = match right {
-            Right::Asked => view.living().rev().filter(|r| *r != active).collect(),
-            Right::Live => view
-                .readable()
-                .map(|r| r.id)
-                .filter(|r| *r != active)
-                .collect(),
-        };
-        for root in &older {
-            let open: Vec<usize> = (0..ids.len())
-                .filter(|&i| !granted[i] && from[i].is_none())
-                .collect();
+        let mut rightful = granted.clone();
+        let older = || view.readable().filter(|root| root.id != active);
+        for root in older() {
+            let open: Vec<usize> = (0..ids.len()).filter(|&i| !rightful[i]).collect();
             let asked: Vec<ChunkId> = open.iter().map(|&i| ids[i]).collect();
-            let there = self.granted(*root, tenant, &asked).await?;
+            let there = self.granted(root.id, tenant, &asked).await?;
             for (i, _) in open.iter().zip(there).filter(|(_, there)| *there) {
-                from[*i] = Some(*root);
+                from[*i] = from[*i].or(Some(root.id));
+                rightful[*i] = lives(&root);
             }
         }
-        let may = |i: usize| right == Right::Live || granted[i] || from[i].is_some();
+        let may = |i: usize| right.is_live() || rightful[i];
 
-        for (i, (id, says)) in chunks.iter().enumerate() {
-            match lengths[i] {
-                Some(actual) if may(i) && actual != *says => {
-                    brought.wrong_length = Some((*id, *says, actual));
-                    return Ok(());
+        let asked: Vec<usize> = (0..ids.len()).filter(|&i| may(i)).collect();
+        let asked_ids: Vec<ChunkId> = asked.iter().map(|&i| ids[i]).collect();
+        let found = self.engine.stat_chunks(active, &asked_ids).await?;
+        let mut lengths: Vec<Option<u32>> = vec![None; ids.len()];
+        for (i, len) in asked.iter().zip(found) {
+            lengths[*i] = len;
+        }
+        let mut bad = HashSet::new();
+        match right {
+            Right::Live(verified) => {
+                bad = self.bad_copies(active, chunks, &lengths, verified).await?;
+            }
+            Right::Asked => {
+                for ((id, says), actual) in chunks.iter().zip(&lengths) {
+                    if let Some(actual) = actual.filter(|actual| actual != says) {
+                        brought.wrong_length = Some((*id, *says, actual));
+                        return Ok(());
+                    }
                 }
-                _ => {}
             }
         }
-        let copies: Vec<usize> = (0..ids.len())
-            .filter(|&i| may(i) && lengths[i].is_none())
-            .collect();
+
+        let sources: Vec<RootId> = older().filter(lives).map(|root| root.id).collect();
+        let wanted = |i: &usize| lengths[*i].is_none() || bad.contains(i);
+        let copies: Vec<usize> = asked.iter().copied().filter(wanted).collect();
         let copied: HashSet<usize> = stream::iter(copies)
             .map(|i| {
-                let (older, chunk) = (&older, chunks[i]);
+                let (sources, chunk, replace) = (&sources, chunks[i], bad.contains(&i));
                 async move {
-                    let copied = self.copy(older, active, &chunk).await?;
+                    let copied = self.copy(sources, active, &chunk, replace).await?;
                     Ok::<_, CatalogError>(copied.then_some(i))
                 }
             })
@@ -354,41 +411,68 @@ impl Catalog {
             .await?;
 
         let mut grants = Vec::new();
-        let mut moved = Vec::new();
         for (i, (id, len)) in chunks.iter().enumerate() {
             if copied.contains(&i) {
                 brought.copied += 1;
                 brought.copied_bytes += u64::from(*len);
-            } else if !may(i) || lengths[i].is_none() {
+                if let Right::Live(verified) = right {
+                    verified.add(active, id);
+                }
+            } else if !may(i) || wanted(&i) {
                 brought.missing.push(*id);
                 continue;
             }
             if !granted[i] {
-                grants.push((*id, *len));
-                moved.push((from[i], i64::from(*len)));
+                grants.push((*id, *len, from[i]));
             }
         }
-        self.grant_all(active, tenant, &grants).await?;
-        for (from, len) in moved {
-            self.usage.add(active, tenant, len);
-            if let Some(root) = from {
-                self.usage.add(root, tenant, -len);
-            }
-        }
-        Ok(())
+        self.grant_all(active, tenant, grants).await
     }
 
-    /// Copies a chunk out of one of `older`; false when none of them has it whole.
+    /// Which of a root's copies of chunks, of those that it has, are not what they should be.
+    async fn bad_copies(
+        &self,
+        root: RootId,
+        chunks: &[(ChunkId, u32)],
+        lengths: &[Option<u32>],
+        verified: &Verified,
+    ) -> Result<HashSet<usize>, CatalogError> {
+        let there = chunks.iter().zip(lengths).enumerate();
+        let there: Vec<(usize, ChunkId, bool)> = there
+            .filter_map(|(i, ((id, says), actual))| Some((i, *id, (*actual)? == *says)))
+            .filter(|(_, id, _)| !verified.has(root, id))
+            .collect();
+        stream::iter(there)
+            .map(|(i, id, right_length)| async move {
+                if right_length && !self.is_bad(root, &id).await? {
+                    verified.add(root, &id);
+                    return Ok(None);
+                }
+                tracing::warn!(%root, chunk = id.hex(), "this copy of a chunk is damaged");
+                Ok::<_, CatalogError>(Some(i))
+            })
+            .buffer_unordered(COPIES)
+            .try_filter_map(|bad| async move { Ok(bad) })
+            .try_collect()
+            .await
+    }
+
+    /// Copies a chunk out of one of `older`, in the place of a bad copy with `replace`; false when none
+    /// of them has it whole.
     async fn copy(
         &self,
         older: &[RootId],
         to: RootId,
         (id, len): &(ChunkId, u32),
+        replace: bool,
     ) -> Result<bool, CatalogError> {
         for root in older {
             match self.engine.get_chunk(*root, id).await {
                 Ok(Some(bytes)) if bytes.len() == *len as usize && ChunkId::of(&bytes) == *id => {
-                    self.engine.put_chunk(to, id, bytes).await?;
+                    match replace {
+                        true => self.engine.replace_chunk(to, id, bytes).await?,
+                        false => drop(self.engine.put_chunk(to, id, bytes).await?),
+                    }
                     return Ok(true);
                 }
                 Ok(None) => {}

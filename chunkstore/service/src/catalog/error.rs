@@ -96,6 +96,16 @@ pub enum CatalogError {
     Setup(String),
 }
 
+impl CatalogError {
+    /// Whether something that lies in the store can't be read, and could not a moment later either.
+    pub(super) fn is_damage(&self) -> bool {
+        matches!(
+            self,
+            Self::Damaged { .. } | Self::Engine(EngineError::Damaged(_))
+        )
+    }
+}
+
 /// What is wrong with a manifest.
 #[derive(Debug, thiserror::Error)]
 pub enum BadManifest {

@@ -8,9 +8,9 @@ use std::time::Duration;
 
 use lazyimg_convergent::Digest;
 
-use crate::engine::{RootId, When};
+use crate::engine::{EngineError, RootId, When};
 
-use super::chunks::Right;
+use super::chunks::{Right, Verified};
 use super::images::{TRIES, check_copy, parse, parse_name};
 use super::names::{self, ManifestName, Mark};
 use super::roots::RootView;
@@ -19,6 +19,12 @@ use super::{Catalog, CatalogError, DEFAULT_GRACE};
 
 /// Manifests that are listed at once.
 const PAGE: usize = 256;
+
+/// What one pass knows.
+struct Pass {
+    options: GcOptions,
+    verified: Verified,
+}
 
 /// What became of one manifest.
 enum Moved {
@@ -52,6 +58,10 @@ impl Catalog {
                 self.engine.delete_doc(&names::mark(*root, *mark)).await?;
             }
         }
+        let pass = Pass {
+            options,
+            verified: Verified::default(),
+        };
         let mut report = GcReport {
             dry_run: options.dry_run,
             roots: Vec::new(),
@@ -61,7 +71,8 @@ impl Catalog {
                 root: root.id,
                 before: root.state,
                 after: Some(root.state),
-                alarm: root.alarm,
+                alarm: root.alarm && !root.ignored,
+                error: None,
                 wait_seconds: 0,
                 manifests_moved: 0,
                 manifests_dropped: 0,
@@ -69,11 +80,22 @@ impl Catalog {
                 bytes_copied: 0,
                 stuck: Vec::new(),
             };
-            match root.state {
+            let done = match root.state {
                 RootState::Active => continue,
-                RootState::Retired => self.gc_retired(root, &options, &mut line).await?,
-                RootState::Expired => self.gc_expired(root, &options, &mut line).await?,
-                RootState::Deleting => self.gc_deleting(root, &options, &mut line).await?,
+                RootState::Retired => self.gc_retired(root, &pass, &mut line).await,
+                RootState::Expired => self.gc_expired(root, &pass, &mut line).await,
+                RootState::Deleting => self.gc_deleting(root, &pass, &mut line).await,
+            };
+            match done {
+                Ok(()) => {}
+                // Nothing works, and to try it for each root would take long.
+                Err(error @ CatalogError::Engine(EngineError::Unavailable(_))) => {
+                    return Err(error);
+                }
+                Err(error) => {
+                    tracing::error!(root = %line.root, %error, "this root can't be collected");
+                    line.error = Some(error.to_string());
+                }
             }
             tracing::info!(
                 root = %line.root, before = %line.before, after = ?line.after, alarm = line.alarm,
@@ -85,6 +107,15 @@ impl Catalog {
         }
         if !options.dry_run {
             self.fresh_view().await?;
+            match self.recount().await {
+                Ok(()) => {}
+                Err(error @ CatalogError::Engine(EngineError::Unavailable(_))) => {
+                    return Err(error);
+                }
+                Err(error) => {
+                    tracing::error!(%error, "what tenants use was not counted anew");
+                }
+            }
         }
         Ok(report)
     }
@@ -102,7 +133,7 @@ impl Catalog {
     async fn gc_retired(
         &self,
         root: &RootView,
-        options: &GcOptions,
+        pass: &Pass,
         line: &mut GcRoot,
     ) -> Result<(), CatalogError> {
         line.wait_seconds = self
@@ -111,7 +142,7 @@ impl Catalog {
         if line.wait_seconds > 0 {
             return Ok(());
         }
-        if self.move_all(root.id, options, line).await? && !options.dry_run {
+        if self.move_all(root.id, pass, line).await? && !pass.options.dry_run {
             self.mark(root.id, Mark::Expired).await?;
             line.after = Some(RootState::Expired);
         }
@@ -121,14 +152,15 @@ impl Catalog {
     async fn gc_expired(
         &self,
         root: &RootView,
-        options: &GcOptions,
+        pass: &Pass,
         line: &mut GcRoot,
     ) -> Result<(), CatalogError> {
         // Nothing should live here. But if something does, it is not what GC thinks that counts.
-        if !self.move_all(root.id, options, line).await? || root.alarm {
+        if !self.move_all(root.id, pass, line).await? || line.alarm {
             return Ok(());
         }
-        let grace = options
+        let grace = pass
+            .options
             .grace_seconds
             .map_or(DEFAULT_GRACE, Duration::from_secs);
         // Instances may take it for retired for a while, and then raise no alarm.
@@ -141,10 +173,10 @@ impl Catalog {
             let since = self.wait(root.id, Mark::Acknowledged, length).await?;
             line.wait_seconds = line.wait_seconds.max(since);
         }
-        if line.wait_seconds > 0 || options.dry_run {
+        if line.wait_seconds > 0 || pass.options.dry_run {
             return Ok(());
         }
-        line.alarm = self.has_doc(names::mark(root.id, Mark::Alarm)).await?;
+        line.alarm = self.is_stopped(root.id).await?;
         if !line.alarm {
             self.mark(root.id, Mark::Deleting).await?;
             line.after = Some(RootState::Deleting);
@@ -152,20 +184,27 @@ impl Catalog {
         Ok(())
     }
 
+    /// Whether an alarm stops a root's deletion.
+    async fn is_stopped(&self, root: RootId) -> Result<bool, CatalogError> {
+        let marks = [Mark::Alarm, Mark::Ignored].map(|mark| names::mark(root, mark));
+        let there = self.engine.has_docs(&marks).await?;
+        Ok(matches!(there[..], [true, false]))
+    }
+
     async fn gc_deleting(
         &self,
         root: &RootView,
-        options: &GcOptions,
+        pass: &Pass,
         line: &mut GcRoot,
     ) -> Result<(), CatalogError> {
         line.wait_seconds = self
             .wait(root.id, Mark::Deleting, self.options.settle)
             .await?;
-        if line.wait_seconds > 0 || options.dry_run {
+        if line.wait_seconds > 0 || pass.options.dry_run {
             return Ok(());
         }
         // After the mark, and read anew: see `raise_alarm`.
-        line.alarm = self.has_doc(names::mark(root.id, Mark::Alarm)).await?;
+        line.alarm = self.is_stopped(root.id).await?;
         if line.alarm {
             return Ok(());
         }
@@ -182,7 +221,7 @@ impl Catalog {
     async fn move_all(
         &self,
         root: RootId,
-        options: &GcOptions,
+        pass: &Pass,
         line: &mut GcRoot,
     ) -> Result<bool, CatalogError> {
         let prefix = names::manifests(root);
@@ -195,8 +234,16 @@ impl Catalog {
             let last = page.len() < PAGE;
             after = page.last().cloned().or(after);
             for name in page {
-                let name = parse_name(name)?;
-                match self.move_one(&name, options, line).await? {
+                let name = match parse_name(name) {
+                    Ok(name) => name,
+                    Err(error) => {
+                        // It keeps its root: nobody knows what it is.
+                        tracing::error!(%error, "a document among the manifests is none");
+                        line.error = Some(error.to_string());
+                        continue;
+                    }
+                };
+                match self.move_one(&name, pass, line).await? {
                     Moved::Yes => line.manifests_moved += 1,
                     Moved::Dropped => line.manifests_dropped += 1,
                     Moved::Gone => {}
@@ -225,22 +272,33 @@ impl Catalog {
     async fn move_one(
         &self,
         name: &ManifestName,
-        options: &GcOptions,
+        pass: &Pass,
         line: &mut GcRoot,
     ) -> Result<Moved, CatalogError> {
         let origin = name.to_string();
+        let options = &pass.options;
         if self.is_unused(name, options.unused_seconds).await? {
             if !options.dry_run {
+                let _one_changes = self.images.lock((name.tenant.clone(), name.image)).await;
+                if !self.has_doc(origin.clone()).await? {
+                    return Ok(Moved::Gone);
+                }
                 self.engine.delete_doc(&origin).await?;
-                self.count_gone(name);
+                self.count_moved(name);
             }
             return Ok(Moved::Dropped);
         }
         if options.dry_run {
             return Ok(Moved::Yes);
         }
-        let Some(bytes) = self.engine.get_doc(&origin).await? else {
-            return Ok(Moved::Gone);
+        let bytes = match self.engine.get_doc(&origin).await {
+            Ok(Some(bytes)) => bytes,
+            Ok(None) => return Ok(Moved::Gone),
+            Err(EngineError::Damaged(why)) => {
+                tracing::warn!(manifest = %name, why, "this manifest is damaged");
+                return Ok(Moved::Stuck(0));
+            }
+            Err(error) => return Err(error.into()),
         };
         if check_copy(name, &bytes).is_err() {
             return Ok(Moved::Stuck(0));
@@ -252,7 +310,12 @@ impl Catalog {
         for _ in 0..TRIES {
             let active = view.active()?;
             let brought = self
-                .bring(&view, &name.tenant, &parsed.chunks, Right::Live)
+                .bring(
+                    &view,
+                    &name.tenant,
+                    &parsed.chunks,
+                    Right::Live(&pass.verified),
+                )
                 .await?;
             line.chunks_copied += brought.copied;
             line.bytes_copied += brought.copied_bytes;
@@ -269,6 +332,8 @@ impl Catalog {
                 }
                 return Ok(Moved::Stuck(brought.missing.len().max(1) as u64));
             }
+            // Whoever deletes the image counts what it had: with the same lock.
+            let _one_changes = self.images.lock((name.tenant.clone(), name.image)).await;
             self.copy_profiles(name.root, active, &name.tenant, &name.image)
                 .await?;
             let copy = self.copy_name(active, name);
@@ -292,10 +357,16 @@ impl Catalog {
             self.engine.delete_doc(&origin).await?;
             let len = i64::from(name.version.len);
             self.usage.add(active, &name.tenant, len);
-            self.count_gone(name);
+            self.count_moved(name);
             return Ok(Moved::Yes);
         }
         Err(CatalogError::RootsMove)
+    }
+
+    /// Counts that a manifest is no more where it was.
+    fn count_moved(&self, name: &ManifestName) {
+        let len = i64::from(name.version.len);
+        self.usage.add(name.root, &name.tenant, -len);
     }
 
     async fn is_unused(
@@ -307,7 +378,12 @@ impl Catalog {
             return Ok(false);
         };
         let image: &Digest = &name.image;
-        let last = self.last_used(&name.tenant, image).await?.unwrap_or(0);
+        let last = match self.last_used(&name.tenant, image).await {
+            Ok(last) => last.unwrap_or(0),
+            // Nobody knows: so it was.
+            Err(error) if error.is_damage() => return Ok(false),
+            Err(error) => return Err(error),
+        };
         let last = last.max(name.version.stamp);
         Ok(last.saturating_add(seconds.saturating_mul(1000)) < self.now_ms())
     }

@@ -6,6 +6,7 @@ use std::collections::{HashMap, HashSet};
 use std::num::NonZeroUsize;
 
 use bytes::Bytes;
+use futures_util::{TryStreamExt, stream};
 use lazyimg_convergent::ChunkId;
 use lru::LruCache;
 use parking_lot::Mutex;
@@ -15,6 +16,9 @@ use crate::engine::{RootId, When};
 use super::names;
 use super::types::TenantName;
 use super::{Catalog, CatalogError};
+
+/// Grants that are written at once.
+const AT_ONCE: usize = 128;
 
 type Known = LruCache<(TenantName, ChunkId), ()>;
 
@@ -32,7 +36,8 @@ impl Grants {
         }
     }
 
-    fn knows(&self, root: RootId, tenant: &TenantName, id: &ChunkId) -> bool {
+    /// Whether a grant was seen, and is remembered.
+    pub fn knows(&self, root: RootId, tenant: &TenantName, id: &ChunkId) -> bool {
         let mut roots = self.roots.lock();
         let known = roots.get_mut(&root);
         known.is_some_and(|known| known.get(&(tenant.clone(), *id)).is_some())
@@ -103,25 +108,44 @@ impl Catalog {
         Ok(new)
     }
 
-    /// Grants chunks that are in the root and that the tenant has no grant for.
+    /// Grants chunks that are in the root, and counts those for which the tenant had no grant there;
+    /// each comes with the older root in which it was counted before, if it was.
     pub(super) async fn grant_all(
         &self,
         root: RootId,
         tenant: &TenantName,
-        chunks: &[(ChunkId, u32)],
+        chunks: Vec<(ChunkId, u32, Option<RootId>)>,
     ) -> Result<(), CatalogError> {
         if chunks.is_empty() {
             return Ok(());
         }
-        let docs = chunks
-            .iter()
-            .map(|(id, len)| (names::grant(root, tenant, id), content(*len)))
-            .collect();
-        self.engine.put_docs(docs).await?;
-        for (id, _) in chunks {
-            self.grants.remember(root, tenant, id);
+        let tenant = tenant.clone();
+        self.unbroken(move |this| async move {
+            let (this, tenant) = (&this, &tenant);
+            stream::iter(chunks.into_iter().map(Ok))
+                .try_for_each_concurrent(AT_ONCE, |(id, len, before)| async move {
+                    if this.grant(root, tenant, &id, len).await? {
+                        this.count_chunk(root, tenant, len, before);
+                    }
+                    Ok(())
+                })
+                .await
+        })
+        .await
+    }
+
+    /// Counts a chunk that was granted; its bytes move here from an older root with a grant for it.
+    pub(super) fn count_chunk(
+        &self,
+        root: RootId,
+        tenant: &TenantName,
+        len: u32,
+        before: Option<RootId>,
+    ) {
+        self.usage.add(root, tenant, len.into());
+        if let Some(before) = before {
+            self.usage.add(before, tenant, -i64::from(len));
         }
-        Ok(())
     }
 }
 

@@ -5,12 +5,12 @@
 
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::hash::{BuildHasher, RandomState};
+use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
 use bytes::Bytes;
 use lazyimg_convergent::{ChunkId, Digest, KeyId, seal};
 use lazyimg_image::manifest::{Manifest, ManifestError};
-use tokio::time::Instant;
 
 use crate::engine::{RootId, When};
 
@@ -102,6 +102,13 @@ fn parse_now(bytes: &[u8]) -> Result<Parsed, BadManifest> {
     })
 }
 
+/// What became of a manifest that was written.
+enum KeptManifest {
+    Live(ManifestPut),
+    /// It was taken back: there is a newer root.
+    RootsMoved(Arc<View>),
+}
+
 impl Catalog {
     /// A number that no one else has.
     fn nonce(&self) -> u64 {
@@ -135,15 +142,9 @@ impl Catalog {
         key: KeyId,
         bytes: Bytes,
     ) -> Result<ManifestPut, CatalogError> {
-        let (len, hash) = (bytes.len() as u64, Version::hash_of(&bytes));
         let parsed = parse_for(image, key, bytes.clone()).await?;
         let mut view = self.fresh_view().await?;
         for _ in 0..TRIES {
-            let before = self.copies(&view, tenant, image, key).await?;
-            let latest = before.iter().map(|c| c.version).max();
-            let known = latest.is_some_and(|v| v.hash == hash && u64::from(v.len) == len);
-            let more = len.saturating_sub(before.iter().map(|c| u64::from(c.version.len)).sum());
-            let _room = self.reserve(&view, tenant, quota, more).await?;
             let brought = self
                 .bring(&view, tenant, &parsed.chunks, Right::Asked)
                 .await?;
@@ -165,57 +166,87 @@ impl Catalog {
                 };
             }
 
-            let version = Version {
-                // Later than what it takes the place of, whatever the clocks say.
-                stamp: self.now_ms().max(latest.map_or(0, |v| v.stamp + 1)),
-                hash,
-                len: len as u32,
-                nonce: self.nonce(),
-            };
-            let name = ManifestName {
-                root: view.active()?,
-                tenant: tenant.clone(),
-                image: *image,
-                key,
-                version,
-            };
-            let doc = name.to_string();
-            self.engine
-                .put_doc(&doc, bytes.clone(), When::Always)
-                .await?;
-            let now = self.fresh_view().await?;
-            if now.active()? == name.root {
-                self.usage.add(name.root, tenant, len as i64);
-                self.supersede(&before).await;
-                return Ok(match known {
-                    true => ManifestPut::Known,
-                    false => ManifestPut::Created,
-                });
+            let (of, image, bytes) = (tenant.clone(), *image, bytes.clone());
+            let kept = self.unbroken(move |this| async move {
+                let _one_changes = this.images.lock((of.clone(), image)).await;
+                this.keep_manifest(&view, &of, quota, &image, key, bytes)
+                    .await
+            });
+            match kept.await? {
+                KeptManifest::Live(put) => return Ok(put),
+                KeptManifest::RootsMoved(now) => view = now,
             }
-            // It may have come too late for who looks for manifests in that root: again, in the next.
-            self.engine.delete_doc(&doc).await?;
-            self.clean_up_if_gone(&now, name.root).await?;
-            view = now;
         }
         Err(CatalogError::RootsMove)
+    }
+
+    /// Writes a manifest, the chunks of which are there, into the active root of `view`; for who has the
+    /// image's lock.
+    async fn keep_manifest(
+        &self,
+        view: &View,
+        tenant: &TenantName,
+        quota: Option<u64>,
+        image: &Digest,
+        key: KeyId,
+        bytes: Bytes,
+    ) -> Result<KeptManifest, CatalogError> {
+        let before = self.copies(view, tenant, image, key).await?;
+        let latest = before.iter().map(|c| c.version).max();
+        let version = self.new_version(&bytes, latest);
+        let same = |v: Version| (v.hash, v.len) == (version.hash, version.len);
+        let put = match latest.is_some_and(same) {
+            true => ManifestPut::Known,
+            false => ManifestPut::Created,
+        };
+        let len = u64::from(version.len);
+        let more = len.saturating_sub(before.iter().map(|c| u64::from(c.version.len)).sum());
+        let _room = self.reserve(view, tenant, quota, more).await?;
+        let name = ManifestName {
+            root: view.active()?,
+            tenant: tenant.clone(),
+            image: *image,
+            key,
+            version,
+        };
+        let doc = name.to_string();
+        self.engine.put_doc(&doc, bytes, When::Always).await?;
+        let now = self.fresh_view().await?;
+        if now.active()? == name.root {
+            self.usage.add(name.root, tenant, version.len.into());
+            self.supersede(&before).await;
+            return Ok(KeptManifest::Live(put));
+        }
+        // It may have come too late for who looks for manifests in that root: again, in the next.
+        self.engine.delete_doc(&doc).await?;
+        self.clean_up_if_gone(&now, name.root).await?;
+        Ok(KeptManifest::RootsMoved(now))
+    }
+
+    /// For a copy of a manifest that is put now, after one of version `latest`.
+    pub(super) fn new_version(&self, bytes: &[u8], latest: Option<Version>) -> Version {
+        Version {
+            // Later than what it takes the place of, whatever the clocks say.
+            stamp: self
+                .now_ms()
+                .max(latest.map_or(0, |v| v.stamp.saturating_add(1))),
+            hash: Version::hash_of(bytes),
+            len: u32::try_from(bytes.len()).unwrap_or(u32::MAX),
+            nonce: self.nonce(),
+        }
     }
 
     /// Takes away what a newer manifest has replaced. What stays after a failure is never asked for.
     async fn supersede(&self, copies: &[ManifestName]) {
         for copy in copies {
             match self.engine.delete_doc(&copy.to_string()).await {
-                Ok(()) => self.count_gone(copy),
+                Ok(()) => self.give_back(copy.root, &copy.tenant, copy.version.len),
                 Err(error) => {
                     tracing::warn!(%error, "a replaced manifest stays until the image is deleted");
                     return;
                 }
             }
         }
-    }
-
-    pub(super) fn count_gone(&self, copy: &ManifestName) {
-        let len = i64::from(copy.version.len);
-        self.usage.add(copy.root, &copy.tenant, -len);
     }
 
     /// All copies of a manifest in the roots in which images live, oldest root first.
@@ -234,7 +265,10 @@ impl Catalog {
         Ok(copies)
     }
 
-    async fn manifest_names(&self, prefix: &str) -> Result<Vec<ManifestName>, CatalogError> {
+    pub(super) async fn manifest_names(
+        &self,
+        prefix: &str,
+    ) -> Result<Vec<ManifestName>, CatalogError> {
         let names = self.all_docs(prefix).await?;
         names.into_iter().map(parse_name).collect()
     }
@@ -246,19 +280,14 @@ impl Catalog {
         image: &Digest,
         key: KeyId,
     ) -> Result<Option<ManifestName>, CatalogError> {
-        let mut view = self.view().await?;
+        let mut look = self.look().await?;
         loop {
-            let began = Instant::now();
-            let copies = self.copies(&view, tenant, image, key).await?;
+            let copies = self.copies(&look.view, tenant, image, key).await?;
             let found = copies
                 .into_iter()
                 .max_by_key(|c| (c.version.in_force(), c.root));
-            if found.is_some() {
+            if found.is_some() || !self.look_again(&mut look).await? {
                 return Ok(found);
-            }
-            match self.newer_view(&view, began).await? {
-                Some(newer) => view = newer,
-                None => return Ok(None),
             }
         }
     }
@@ -312,6 +341,21 @@ impl Catalog {
         image: &Digest,
         key: KeyId,
     ) -> Result<bool, CatalogError> {
+        let (tenant, image) = (tenant.clone(), *image);
+        self.unbroken(move |this| async move {
+            let _one_changes = this.images.lock((tenant.clone(), image)).await;
+            this.take_away(&tenant, &image, key).await
+        })
+        .await
+    }
+
+    /// Deletes all copies of a manifest; for who has the image's lock.
+    async fn take_away(
+        &self,
+        tenant: &TenantName,
+        image: &Digest,
+        key: KeyId,
+    ) -> Result<bool, CatalogError> {
         let mut found = false;
         let mut view = self.fresh_view().await?;
         for _ in 0..TRIES {
@@ -321,7 +365,7 @@ impl Catalog {
                 let prefix = names::manifests_of_key(root, tenant, image, key);
                 for copy in self.manifest_names(&prefix).await? {
                     self.engine.delete_doc(&copy.to_string()).await?;
-                    self.count_gone(&copy);
+                    self.give_back(root, tenant, copy.version.len);
                     found = true;
                 }
             }
@@ -360,8 +404,9 @@ impl Catalog {
         image: &Digest,
     ) -> Result<(), CatalogError> {
         for root in view.living() {
-            let profiles = names::profiles(root, tenant, image);
-            self.engine.remove_docs(&profiles).await?;
+            for profile in self.all_docs(&names::profiles(root, tenant, image)).await? {
+                self.drop_profile(root, tenant, &profile).await?;
+            }
         }
         let used = names::used(tenant, image);
         Ok(self.engine.delete_doc(&used).await?)
@@ -376,11 +421,10 @@ impl Catalog {
         tenant: &TenantName,
         image: &Digest,
     ) -> Result<Vec<ManifestInfo>, CatalogError> {
-        let mut view = self.view().await?;
+        let mut look = self.look().await?;
         let mut latest: BTreeMap<[u8; 8], ManifestName> = BTreeMap::new();
         loop {
-            let began = Instant::now();
-            for root in view.living() {
+            for root in look.view.living() {
                 let prefix = names::manifests_of_image(root, tenant, image);
                 for name in self.manifest_names(&prefix).await? {
                     let order = |n: &ManifestName| (n.version.in_force(), n.root);
@@ -390,9 +434,8 @@ impl Catalog {
                     }
                 }
             }
-            match self.newer_view(&view, began).await? {
-                Some(newer) => view = newer,
-                None => break,
+            if !self.look_again(&mut look).await? {
+                break;
             }
         }
         let info = |name: ManifestName| ManifestInfo {
@@ -414,17 +457,15 @@ impl Catalog {
         after: Option<&Digest>,
         limit: usize,
     ) -> Result<Vec<Digest>, CatalogError> {
-        let mut view = self.view().await?;
+        let mut look = self.look().await?;
         let mut images = BTreeSet::new();
         loop {
-            let began = Instant::now();
-            for root in view.living() {
+            for root in look.view.living() {
                 let some = self.images_of_root(root, tenant, after, limit).await?;
                 images.extend(some);
             }
-            match self.newer_view(&view, began).await? {
-                Some(newer) => view = newer,
-                None => break,
+            if !self.look_again(&mut look).await? {
+                break;
             }
         }
         Ok(images.into_iter().take(limit).collect())
@@ -511,8 +552,7 @@ pub(super) fn parse_name(name: String) -> Result<ManifestName, CatalogError> {
 
 /// Whether these are the bytes that were put under this name.
 pub(super) fn check_copy(name: &ManifestName, bytes: &[u8]) -> Result<(), CatalogError> {
-    let version = name.version;
-    match bytes.len() == version.len as usize && Version::hash_of(bytes) == version.hash {
+    match name.version.is_of(bytes) {
         true => Ok(()),
         false => Err(CatalogError::Damaged {
             name: name.to_string(),

@@ -9,8 +9,11 @@ mod error;
 mod gc;
 mod grants;
 mod images;
+mod locks;
+mod look;
 mod names;
 mod profiles;
+mod recount;
 mod refs;
 mod roots;
 mod stats;
@@ -20,6 +23,7 @@ mod types;
 mod usage;
 
 use std::fmt;
+use std::future::Future;
 use std::num::NonZeroUsize;
 use std::sync::Arc;
 use std::sync::atomic::AtomicU64;
@@ -33,6 +37,7 @@ use parking_lot::Mutex;
 use crate::engine::{Engine, When};
 
 use grants::Grants;
+use locks::Locks;
 use roots::Roots;
 use usage::Usage;
 
@@ -50,8 +55,12 @@ pub const MAX_PROFILE: usize = 1 << 20;
 pub const MAX_PROFILES: usize = 16;
 /// The longest reference, in bytes.
 pub const MAX_REFERENCE: usize = 1024;
+/// References of one tenant, at most: they lie in no root, and no quota counts them.
+pub const MAX_REFERENCES: usize = 10_000;
 /// Roots that are there at once, at most: each costs a read that finds nothing some time.
 pub const MAX_ROOTS: usize = 16;
+/// Chunks that a manifest lacks are not looked for any more when there are more than so many.
+pub const MAX_MISSING: usize = 10_000;
 /// Chunks or manifests of a root that [`Catalog::stats`] counts, at most.
 pub const MAX_COUNTED: u64 = 1_000_000;
 /// How long an expired root is kept if nobody says otherwise.
@@ -128,20 +137,23 @@ impl fmt::Debug for CatalogOptions {
     }
 }
 
-/// The catalog of a store.
+/// The catalog of a store. Clones are the same catalog.
+#[derive(Clone)]
 pub struct Catalog {
     engine: Arc<dyn Engine>,
-    options: CatalogOptions,
-    roots: Roots,
-    grants: Grants,
-    usage: Usage,
-    /// Held by who changes a reference under a condition.
-    refs: tokio::sync::Mutex<()>,
+    options: Arc<CatalogOptions>,
+    roots: Arc<Roots>,
+    grants: Arc<Grants>,
+    usage: Arc<Usage>,
+    /// Held, by its document's name, by who changes a reference.
+    references: Arc<Locks<String>>,
+    /// Held by who adds or takes away documents of an image, and counts their bytes.
+    images: Arc<Locks<(TenantName, Digest)>>,
     /// Held by a pass of garbage collection.
-    gc_pass: tokio::sync::Mutex<()>,
-    nonces: AtomicU64,
+    gc_pass: Arc<tokio::sync::Mutex<()>>,
+    nonces: Arc<AtomicU64>,
     /// The days on which images were noted as used.
-    used_days: Mutex<LruCache<(TenantName, Digest), u64>>,
+    used_days: Arc<Mutex<LruCache<(TenantName, Digest), u64>>>,
 }
 
 impl Catalog {
@@ -156,19 +168,36 @@ impl Catalog {
     ) -> Result<Self, CatalogError> {
         check_options(&options)?;
         let catalog = Self {
-            roots: Roots::default(),
-            grants: Grants::new(options.grants_remembered),
-            usage: Usage::default(),
-            refs: tokio::sync::Mutex::default(),
-            gc_pass: tokio::sync::Mutex::default(),
-            nonces: AtomicU64::new(0),
-            used_days: Mutex::new(LruCache::new(USED_DAYS)),
+            roots: Arc::default(),
+            grants: Arc::new(Grants::new(options.grants_remembered)),
+            usage: Arc::default(),
+            references: Arc::default(),
+            images: Arc::default(),
+            gc_pass: Arc::default(),
+            nonces: Arc::default(),
+            used_days: Arc::new(Mutex::new(LruCache::new(USED_DAYS))),
             engine,
-            options,
+            options: Arc::new(options),
         };
         catalog.check_format().await?;
         catalog.open_roots().await?;
         Ok(catalog)
+    }
+
+    /// Does what must not be broken off when whoever asked for it goes away: what is written is
+    /// counted too.
+    async fn unbroken<T, F>(&self, act: impl FnOnce(Self) -> F) -> Result<T, CatalogError>
+    where
+        T: Send + 'static,
+        F: Future<Output = Result<T, CatalogError>> + Send + 'static,
+    {
+        match tokio::spawn(act(self.clone())).await {
+            Ok(done) => done,
+            Err(error) => match error.try_into_panic() {
+                Ok(panic) => std::panic::resume_unwind(panic),
+                Err(_) => Err(CatalogError::Setup("the store is ending".to_owned())),
+            },
+        }
     }
 
     async fn check_format(&self) -> Result<(), CatalogError> {

@@ -29,6 +29,8 @@ pub enum Mark {
     Acknowledged,
     /// Somebody read from it after it had expired.
     Alarm,
+    /// Alarms do not stop its deletion.
+    Ignored,
     /// It is being deleted.
     Deleting,
 }
@@ -36,12 +38,13 @@ pub enum Mark {
 impl Mark {
     /// All of them, in the order in which they go when a root is gone: the last one says till the end
     /// that the root must not be used.
-    pub const ALL: [Self; 6] = [
+    pub const ALL: [Self; 7] = [
         Self::Active,
         Self::Retired,
         Self::Expired,
         Self::Acknowledged,
         Self::Alarm,
+        Self::Ignored,
         Self::Deleting,
     ];
 
@@ -52,6 +55,7 @@ impl Mark {
             Self::Expired => "expired",
             Self::Acknowledged => "acknowledged",
             Self::Alarm => "alarm",
+            Self::Ignored => "ignored",
             Self::Deleting => "deleting",
         }
     }
@@ -79,6 +83,17 @@ pub fn grant(root: RootId, tenant: &TenantName, id: &ChunkId) -> String {
     format!("held/{root}/grants/{tenant}/{}", id.hex())
 }
 
+/// All grants of a tenant.
+pub fn grants_of_tenant(root: RootId, tenant: &TenantName) -> String {
+    format!("held/{root}/grants/{tenant}/")
+}
+
+/// Below each of these lie documents of a root by tenant.
+pub fn by_tenant(root: RootId) -> [String; 5] {
+    ["cached", "grants", "manifests", "profiles", "usage"]
+        .map(|kind| format!("held/{root}/{kind}/"))
+}
+
 /// All manifests of a root.
 pub fn manifests(root: RootId) -> String {
     format!("held/{root}/manifests/")
@@ -99,9 +114,24 @@ pub fn manifests_of_key(root: RootId, tenant: &TenantName, image: &Digest, key: 
     format!("held/{root}/manifests/{tenant}/{}/{key}/", image.hex())
 }
 
-/// A manifest that is not live.
-pub fn cached_manifest(root: RootId, tenant: &TenantName, image: &Digest, key: KeyId) -> String {
-    format!("held/{root}/cached/{tenant}/{}/{key}", image.hex())
+/// All copies of a manifest that is not live.
+pub fn cached_of_key(root: RootId, tenant: &TenantName, image: &Digest, key: KeyId) -> String {
+    format!("held/{root}/cached/{tenant}/{}/{key}/", image.hex())
+}
+
+/// All manifests of a tenant that are not live.
+pub fn cached_of_tenant(root: RootId, tenant: &TenantName) -> String {
+    format!("held/{root}/cached/{tenant}/")
+}
+
+/// Which copy of a manifest a name is, of a live one or another.
+pub fn version_of(name: &str) -> Option<Version> {
+    name.rsplit('/').next()?.parse().ok()
+}
+
+/// All profiles of a tenant.
+pub fn profiles_of_tenant(root: RootId, tenant: &TenantName) -> String {
+    format!("held/{root}/profiles/{tenant}/")
 }
 
 /// All profiles of an image.
@@ -109,9 +139,9 @@ pub fn profiles(root: RootId, tenant: &TenantName, image: &Digest) -> String {
     format!("held/{root}/profiles/{tenant}/{}/", image.hex())
 }
 
-/// What all tenants have been granted.
-pub fn usages(root: RootId) -> String {
-    format!("held/{root}/usage/")
+/// What a tenant was found to have in a root when it was last counted.
+pub fn counted(root: RootId, tenant: &TenantName) -> String {
+    format!("held/{root}/counted/{tenant}")
 }
 
 /// What a tenant has been granted.
@@ -122,6 +152,11 @@ pub fn usages_of(root: RootId, tenant: &TenantName) -> String {
 /// What an instance has granted a tenant.
 pub fn usage(root: RootId, tenant: &TenantName, instance: &str) -> String {
     format!("held/{root}/usage/{tenant}/{instance}")
+}
+
+/// All references of a tenant.
+pub fn references(tenant: &TenantName) -> String {
+    format!("refs/{tenant}/")
 }
 
 /// A reference.
@@ -158,9 +193,12 @@ impl Version {
         first.copy_from_slice(&Digest::of(bytes).0[..8]);
         u64::from_be_bytes(first)
     }
-}
 
-impl Version {
+    /// Whether these are the bytes that were put under it.
+    pub fn is_of(&self, bytes: &[u8]) -> bool {
+        bytes.len() == self.len as usize && Self::hash_of(bytes) == self.hash
+    }
+
     /// What is the same in all copies of one put, and decides between two puts.
     pub fn in_force(&self) -> (u64, u64, u32) {
         (self.stamp, self.hash, self.len)

@@ -2,9 +2,8 @@
 
 use bytes::Bytes;
 use lazyimg_convergent::Digest;
-use tokio::time::Instant;
 
-use crate::engine::{RootId, When};
+use crate::engine::{EngineError, RootId, When};
 
 use super::images::TRIES;
 use super::names;
@@ -16,10 +15,11 @@ impl Catalog {
     ///
     /// # Errors
     /// [`CatalogError::NotLive`], [`CatalogError::TooLarge`], [`CatalogError::TooMany`],
-    /// [`CatalogError::BadName`], [`CatalogError::Engine`].
+    /// [`CatalogError::BadName`], [`CatalogError::Quota`], [`CatalogError::Engine`].
     pub async fn put_profile(
         &self,
         tenant: &TenantName,
+        quota: Option<u64>,
         image: &Digest,
         name: &str,
         bytes: Bytes,
@@ -32,6 +32,25 @@ impl Catalog {
                 limit: MAX_PROFILE as u64,
             });
         }
+        let (tenant, image, name) = (tenant.clone(), *image, name.to_owned());
+        self.unbroken(move |this| async move {
+            let _one_changes = this.images.lock((tenant.clone(), image)).await;
+            this.keep_profile(&tenant, quota, &image, &name, bytes)
+                .await
+        })
+        .await
+    }
+
+    /// For who has the image's lock.
+    async fn keep_profile(
+        &self,
+        tenant: &TenantName,
+        quota: Option<u64>,
+        image: &Digest,
+        name: &str,
+        bytes: Bytes,
+    ) -> Result<(), CatalogError> {
+        let len = bytes.len() as u64;
         let mut view = self.fresh_view().await?;
         for _ in 0..TRIES {
             if !self.is_live(&view, tenant, image).await? {
@@ -47,9 +66,13 @@ impl Catalog {
                     limit: MAX_PROFILES,
                 });
             }
+            let before = self.profile_len(&doc).await?;
+            let more = len.saturating_sub(before);
+            let _room = self.reserve(&view, tenant, quota, more).await?;
             self.engine
                 .put_doc(&doc, bytes.clone(), When::Always)
                 .await?;
+            self.usage.add(active, tenant, len as i64 - before as i64);
             let now = self.fresh_view().await?;
             if now.active()? == active {
                 return Ok(());
@@ -58,6 +81,31 @@ impl Catalog {
             view = now;
         }
         Err(CatalogError::RootsMove)
+    }
+
+    /// The length of a profile: none if there is none, or if it can't be read.
+    pub(super) async fn profile_len(&self, doc: &str) -> Result<u64, CatalogError> {
+        match self.engine.get_doc(doc).await {
+            Ok(bytes) => Ok(bytes.map_or(0, |bytes| bytes.len() as u64)),
+            Err(EngineError::Damaged(why)) => {
+                tracing::warn!(doc, why, "this profile is damaged");
+                Ok(0)
+            }
+            Err(error) => Err(error.into()),
+        }
+    }
+
+    /// Deletes a profile; for who has the image's lock.
+    pub(super) async fn drop_profile(
+        &self,
+        root: RootId,
+        tenant: &TenantName,
+        doc: &str,
+    ) -> Result<(), CatalogError> {
+        let len = self.profile_len(doc).await?;
+        self.engine.delete_doc(doc).await?;
+        self.give_back(root, tenant, u32::try_from(len).unwrap_or(u32::MAX));
+        Ok(())
     }
 
     /// A profile; the newest root that has it counts.
@@ -71,19 +119,16 @@ impl Catalog {
         name: &str,
     ) -> Result<Option<Bytes>, CatalogError> {
         check_name(name)?;
-        let mut view = self.view().await?;
+        let mut look = self.look().await?;
         loop {
-            let began = Instant::now();
-            let roots: Vec<RootId> = view.living().rev().collect();
-            for root in roots {
+            for root in look.view.living().rev() {
                 let doc = format!("{}{name}", names::profiles(root, tenant, image));
                 if let Some(bytes) = self.engine.get_doc(&doc).await? {
                     return Ok(Some(bytes));
                 }
             }
-            match self.newer_view(&view, began).await? {
-                Some(newer) => view = newer,
-                None => return Ok(None),
+            if !self.look_again(&mut look).await? {
+                return Ok(None);
             }
         }
     }
@@ -99,18 +144,24 @@ impl Catalog {
         name: &str,
     ) -> Result<bool, CatalogError> {
         check_name(name)?;
-        let mut found = false;
-        for root in self.fresh_view().await?.living() {
-            let doc = format!("{}{name}", names::profiles(root, tenant, image));
-            if self.has_doc(doc.clone()).await? {
-                self.engine.delete_doc(&doc).await?;
-                found = true;
+        let (tenant, image, name) = (tenant.clone(), *image, name.to_owned());
+        self.unbroken(move |this| async move {
+            let _one_changes = this.images.lock((tenant.clone(), image)).await;
+            let mut found = false;
+            for root in this.fresh_view().await?.living() {
+                let doc = format!("{}{name}", names::profiles(root, &tenant, &image));
+                if this.has_doc(doc.clone()).await? {
+                    this.drop_profile(root, &tenant, &doc).await?;
+                    found = true;
+                }
             }
-        }
-        Ok(found)
+            Ok(found)
+        })
+        .await
     }
 
-    /// Copies an image's profiles into another root, where there are none of their names.
+    /// Copies an image's profiles into another root, where there are none of their names. One that can't
+    /// be read is left behind. Each copy counts in its root.
     pub(super) async fn copy_profiles(
         &self,
         from: RootId,
@@ -126,9 +177,18 @@ impl Catalog {
             let Some(name) = doc.strip_prefix(&prefix) else {
                 continue;
             };
-            if let Some(bytes) = self.engine.get_doc(&doc).await? {
-                let copy = format!("{target}{name}");
-                self.engine.put_doc(&copy, bytes, When::Absent).await?;
+            let bytes = match self.engine.get_doc(&doc).await {
+                Ok(Some(bytes)) => bytes,
+                Ok(None) => continue,
+                Err(EngineError::Damaged(why)) => {
+                    tracing::warn!(doc, why, "this profile is damaged");
+                    continue;
+                }
+                Err(error) => return Err(error.into()),
+            };
+            let (copy, len) = (format!("{target}{name}"), bytes.len() as i64);
+            if self.engine.put_doc(&copy, bytes, When::Absent).await? {
+                self.usage.add(to, tenant, len);
             }
         }
         Ok(())

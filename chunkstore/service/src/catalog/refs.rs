@@ -8,7 +8,7 @@ use crate::engine::When;
 use super::names;
 use super::roots::json;
 use super::types::{Condition, Reference, TenantName};
-use super::{Catalog, CatalogError, MAX_REFERENCE};
+use super::{Catalog, CatalogError, MAX_REFERENCE, MAX_REFERENCES};
 
 #[derive(Serialize, Deserialize)]
 struct Doc {
@@ -22,7 +22,8 @@ impl Catalog {
     /// at the same time is not watertight: the later one wins.
     ///
     /// # Errors
-    /// [`CatalogError::Precondition`]; [`CatalogError::BadName`], [`CatalogError::TooLarge`].
+    /// [`CatalogError::Precondition`]; [`CatalogError::BadName`], [`CatalogError::TooLarge`],
+    /// [`CatalogError::TooMany`].
     pub async fn put_ref(
         &self,
         tenant: &TenantName,
@@ -39,7 +40,11 @@ impl Catalog {
         };
         let bytes = json(&doc)?;
         let etag = etag(&bytes);
-        let _one_changes = self.refs.lock().await;
+        let _one_changes = self.references.lock(name.clone()).await;
+        let may_be_new = !matches!(condition, Condition::Match(_));
+        if may_be_new && !self.has_doc(name.clone()).await? {
+            self.check_room_for_ref(tenant).await?;
+        }
         let when = match condition {
             Condition::Always => When::Always,
             Condition::Absent => When::Absent,
@@ -84,12 +89,24 @@ impl Catalog {
     ) -> Result<bool, CatalogError> {
         check(reference)?;
         let name = names::reference(tenant, reference);
-        let _one_changes = self.refs.lock().await;
+        let _one_changes = self.references.lock(name.clone()).await;
         let there = self.check_ref(&name, condition).await?;
         if there {
             self.engine.delete_doc(&name).await?;
         }
         Ok(there)
+    }
+
+    /// Whether one more is allowed. Some that come at the same moment may be too many.
+    async fn check_room_for_ref(&self, tenant: &TenantName) -> Result<(), CatalogError> {
+        let there = self.all_docs(&names::references(tenant)).await?.len();
+        match there < MAX_REFERENCES {
+            true => Ok(()),
+            false => Err(CatalogError::TooMany {
+                what: "references",
+                limit: MAX_REFERENCES,
+            }),
+        }
     }
 
     /// Whether the reference is there; an error if the condition does not hold.

@@ -14,7 +14,7 @@ use parking_lot::RwLock;
 use serde::{Deserialize, Serialize};
 use tokio::time::Instant;
 
-use crate::engine::{RootId, When};
+use crate::engine::{EngineError, RootId, When};
 
 use super::names::{self, Mark};
 use super::types::{Alarm, RootInfo, RootState, TenantName};
@@ -26,6 +26,8 @@ pub(super) struct RootView {
     pub id: RootId,
     pub state: RootState,
     pub alarm: bool,
+    /// Alarms do not stop its deletion: somebody has said so.
+    pub ignored: bool,
     /// A crash came between the next root's first mark and this one's being retired.
     pub unsaid: bool,
 }
@@ -44,6 +46,17 @@ impl View {
     /// All roots, oldest first.
     pub fn all(&self) -> &[RootView] {
         &self.roots
+    }
+
+    /// Whether the same roots were there in the same states.
+    pub fn has_same_roots(&self, other: &Self) -> bool {
+        let states = |view: &Self| {
+            view.roots
+                .iter()
+                .map(|r| (r.id, r.state))
+                .collect::<Vec<_>>()
+        };
+        states(self) == states(other)
     }
 
     /// Whether it was made less than `ttl` ago.
@@ -67,10 +80,15 @@ impl View {
         self.roots.iter().filter(living).map(|r| r.id)
     }
 
+    /// The roots of which tenants use what is theirs, oldest first: all that are read.
+    pub fn counted(&self) -> impl DoubleEndedIterator<Item = RootView> {
+        let counted = |r: &&RootView| r.state != RootState::Deleting;
+        self.roots.iter().filter(counted).copied()
+    }
+
     /// The roots that are read, newest first.
     pub fn readable(&self) -> impl Iterator<Item = RootView> {
-        let readable = |r: &&RootView| r.state != RootState::Deleting;
-        self.roots.iter().rev().filter(readable).copied()
+        self.counted().rev()
     }
 }
 
@@ -79,8 +97,11 @@ impl View {
 pub(super) struct Roots {
     view: RwLock<Arc<View>>,
     sequence: AtomicU64,
-    /// Held by who renews a view that is too old: the others wait for it.
-    renewing: tokio::sync::Mutex<()>,
+    /// Held by who renews a view that is too old: the others wait for it. The error of the last who
+    /// tried, if it failed.
+    renewing: tokio::sync::Mutex<Option<EngineError>>,
+    /// How often renewing has failed.
+    failures: AtomicU64,
 }
 
 /// The content of a mark.
@@ -93,9 +114,6 @@ pub(super) fn millis(time: SystemTime) -> u64 {
     let since = time.duration_since(UNIX_EPOCH).unwrap_or_default();
     since.as_millis().try_into().unwrap_or(u64::MAX)
 }
-
-/// A look that takes less was not held up, whatever the options say.
-const SHORTEST_SETTLE: Duration = Duration::from_secs(1);
 
 impl Catalog {
     /// Now, in milliseconds since 1970.
@@ -110,18 +128,41 @@ impl Catalog {
 
     /// The roots, as they were [`super::CatalogOptions::roots_ttl`] ago or later.
     pub(super) async fn view(&self) -> Result<Arc<View>, CatalogError> {
-        let known = || {
-            let view = self.roots.view.read();
-            view.is_young(self.options.roots_ttl).then(|| view.clone())
-        };
-        if let Some(view) = known() {
+        if let Some(view) = self.known_view() {
             return Ok(view);
         }
-        let _one_renews = self.roots.renewing.lock().await;
-        match known() {
-            Some(view) => Ok(view),
-            None => self.fresh_view().await,
+        let seen = self.roots.failures.load(Ordering::SeqCst);
+        let mut failure = self.roots.renewing.lock().await;
+        if let Some(view) = self.known_view() {
+            return Ok(view);
         }
+        // What somebody tried in vain while this one waited is not tried again for each who waited.
+        if self.roots.failures.load(Ordering::SeqCst) != seen
+            && let Some(error) = &*failure
+        {
+            return Err(error.clone().into());
+        }
+        let renewed = self.fresh_view().await;
+        *failure = match &renewed {
+            Ok(_) => None,
+            Err(CatalogError::Engine(error)) => Some(error.clone()),
+            Err(other) => Some(EngineError::Unavailable(other.to_string())),
+        };
+        if failure.is_some() {
+            self.roots.failures.fetch_add(1, Ordering::SeqCst);
+        }
+        renewed
+    }
+
+    /// The roots as they were when they were last read.
+    pub(super) fn last_view(&self) -> Arc<View> {
+        self.roots.view.read().clone()
+    }
+
+    /// The same, where they need not be read for it.
+    pub(super) fn known_view(&self) -> Option<Arc<View>> {
+        let view = self.roots.view.read();
+        view.is_young(self.options.roots_ttl).then(|| view.clone())
     }
 
     /// The roots, as they are after this call has begun.
@@ -139,7 +180,7 @@ impl Catalog {
         marks.retain(|root, marks| {
             let exists = marks
                 .iter()
-                .any(|m| !matches!(m, Mark::Alarm | Mark::Acknowledged));
+                .any(|m| !matches!(m, Mark::Alarm | Mark::Acknowledged | Mark::Ignored));
             if !exists {
                 leftovers.extend(marks.iter().map(|m| (*root, *m)));
             }
@@ -155,6 +196,7 @@ impl Catalog {
                 () => RootState::Retired,
             },
             alarm: marks.contains(&Mark::Alarm),
+            ignored: marks.contains(&Mark::Ignored),
             unsaid: Some(*id) != newest && !marks.contains(&Mark::Retired),
         };
         let view = Arc::new(View {
@@ -176,33 +218,6 @@ impl Catalog {
             self.grants.keep_only(&there);
         }
         Ok(view)
-    }
-
-    /// Another view to look in, for who did not find something in the roots of `view` and `began` to
-    /// look then: when there is a newer root by now, which another instance may have made and filled,
-    /// or when the request was held up for so long that what it looked for may have been moved behind
-    /// its back, and its old root deleted.
-    pub(super) async fn newer_view(
-        &self,
-        view: &View,
-        began: Instant,
-    ) -> Result<Option<Arc<View>>, CatalogError> {
-        // With no time at all every look would be a late one, and the next too.
-        if began.elapsed() >= self.options.settle.max(SHORTEST_SETTLE) {
-            return Ok(Some(self.fresh_view().await?));
-        }
-        let active = view.active()?;
-        let known = self.roots.view.read().clone();
-        if known.active()? > active {
-            return Ok(Some(known));
-        }
-        let Some(next) = active.next().filter(|_| !self.exclusive()) else {
-            return Ok(None);
-        };
-        match self.has_doc(names::mark(next, Mark::Active)).await? {
-            true => Ok(Some(self.fresh_view().await?)),
-            false => Ok(None),
-        }
     }
 
     /// Takes back what was put into a root that, as `now` shows, went while the request was held up.
@@ -328,6 +343,10 @@ impl Catalog {
                 .marked_at(root.id, Mark::Acknowledged)
                 .await?
                 .map(seconds),
+            alarms_ignored: match root.ignored {
+                true => self.marked_at(root.id, Mark::Ignored).await?.map(seconds),
+                false => None,
+            },
             alarm: match root.alarm {
                 true => self.json_doc(&names::mark(root.id, Mark::Alarm)).await?,
                 false => None,
@@ -356,23 +375,31 @@ impl Catalog {
     }
 
     /// An alarm was looked into: it no longer stops the root's deletion, and the grace time begins
-    /// anew.
+    /// anew. With `ignore_alarms` none will, whoever reads what: they are noted all the same.
     ///
     /// # Errors
-    /// [`CatalogError::NoSuchRoot`]; [`CatalogError::Conflict`] without an alarm.
-    pub async fn acknowledge(&self, root: RootId) -> Result<(), CatalogError> {
+    /// [`CatalogError::NoSuchRoot`]; [`CatalogError::Conflict`] without an alarm, or, with
+    /// `ignore_alarms`, while images live in the root.
+    pub async fn acknowledge(&self, root: RootId, ignore_alarms: bool) -> Result<(), CatalogError> {
         let view = self.fresh_view().await?;
         let found = view.all().iter().find(|r| r.id == root);
         let found = found.ok_or(CatalogError::NoSuchRoot(root))?;
-        if !found.alarm {
-            return Err(CatalogError::Conflict {
-                root,
-                state: found.state,
-                why: "it has no alarm, there is nothing to acknowledge",
-            });
+        let conflict = |why| CatalogError::Conflict {
+            root,
+            state: found.state,
+            why,
+        };
+        if ignore_alarms && found.state < RootState::Expired {
+            return Err(conflict("alarms are raised by reads of expired roots only"));
+        }
+        if !ignore_alarms && !found.alarm {
+            return Err(conflict("it has no alarm, there is nothing to acknowledge"));
         }
         // In this order: without an alarm the root is old enough to go only after the grace time.
         self.mark(root, Mark::Acknowledged).await?;
+        if ignore_alarms {
+            self.mark(root, Mark::Ignored).await?;
+        }
         self.engine
             .delete_doc(&names::mark(root, Mark::Alarm))
             .await?;
@@ -414,7 +441,7 @@ impl Catalog {
                 tracing::error!(
                     %root, %tenant, chunk = id.hex(),
                     "a chunk was read that no live image names: the root is kept until the alarm is \
-                     acknowledged"
+                     acknowledged, unless its alarms are to be ignored"
                 );
             }
         }

@@ -1,12 +1,10 @@
 //! What the store holds, counted on demand.
 
-use std::collections::BTreeSet;
-
 use crate::engine::RootId;
 
 use super::images::parse_name;
 use super::names;
-use super::types::{RootStats, Stats, TenantName, TenantStats};
+use super::types::{RootStats, Stats, TenantStats};
 use super::{Catalog, CatalogError, MAX_COUNTED};
 
 /// Chunks or documents that are listed at once.
@@ -21,7 +19,6 @@ impl Catalog {
     pub async fn stats(&self) -> Result<Stats, CatalogError> {
         let view = self.fresh_view().await?;
         let mut roots = Vec::new();
-        let mut tenants = BTreeSet::new();
         for root in view.all() {
             let mut stats = RootStats {
                 info: self.root_info(root).await?,
@@ -34,12 +31,8 @@ impl Catalog {
             self.count_images(root.id, &mut stats).await?;
             roots.push(stats);
         }
-        for root in view.living() {
-            self.tenants_of(root, &mut tenants).await?;
-        }
-        tenants.extend(self.usage.tenants());
         let mut used = Vec::new();
-        for tenant in tenants {
+        for tenant in self.all_tenants(&view).await? {
             let bytes = self.used_bytes(&view, &tenant).await?;
             used.push(TenantStats { tenant, bytes });
         }
@@ -94,22 +87,5 @@ impl Catalog {
             }
             after = page.last().cloned();
         }
-    }
-
-    async fn tenants_of(
-        &self,
-        root: RootId,
-        tenants: &mut BTreeSet<TenantName>,
-    ) -> Result<(), CatalogError> {
-        let prefix = names::usages(root);
-        for name in self.all_docs(&prefix).await? {
-            let tenant = name[prefix.len()..].split('/').next().unwrap_or_default();
-            let tenant = tenant.parse().map_err(|_| CatalogError::Damaged {
-                name: name.clone(),
-                why: "it is of no tenant".to_owned(),
-            })?;
-            tenants.insert(tenant);
-        }
-        Ok(())
     }
 }

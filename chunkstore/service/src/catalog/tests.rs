@@ -1,5 +1,9 @@
 //! What one instance promises, case by case. The interplay of several, with deaths: `tests/gc_model.rs`.
 
+mod collection;
+mod quotas;
+mod trouble;
+
 use std::sync::Arc;
 use std::time::{Duration, SystemTime};
 
@@ -39,6 +43,7 @@ impl Store {
         }
     }
 
+    /// As if the process had been killed.
     async fn reopen(&mut self) {
         self.catalog = open(&self.engine, &self.hands).await;
     }
@@ -241,7 +246,7 @@ async fn what_lives_moves_and_the_rest_goes_with_its_root() {
     let profile = Bytes::from_static(b"sealed");
     let catalog = &store.catalog;
     catalog
-        .put_profile(&t, &IMAGE, "start", profile.clone())
+        .put_profile(&t, None, &IMAGE, "start", profile.clone())
         .await
         .unwrap();
     let next = catalog.rotate().await.unwrap();
@@ -281,7 +286,7 @@ async fn a_read_from_an_expired_root_stops_its_deletion_until_somebody_acknowled
     store.put(&t, &chunk(3)).await;
     let catalog = &store.catalog;
     catalog.rotate().await.unwrap();
-    let refused = catalog.acknowledge(RootId::FIRST).await;
+    let refused = catalog.acknowledge(RootId::FIRST, false).await;
     assert!(
         matches!(refused, Err(CatalogError::Conflict { .. })),
         "{refused:?}"
@@ -301,7 +306,7 @@ async fn a_read_from_an_expired_root_stops_its_deletion_until_somebody_acknowled
             "{line:?}"
         );
     }
-    catalog.acknowledge(RootId::FIRST).await.unwrap();
+    catalog.acknowledge(RootId::FIRST, false).await.unwrap();
     assert!(
         store.gc(NO_GRACE).await[0].wait_seconds > 0,
         "the time begins anew"
@@ -331,7 +336,7 @@ async fn an_alarm_that_comes_while_deletion_is_decided_stops_it() {
     assert!(store.gc(NO_GRACE).await[0].alarm);
     assert_eq!(store.engine.contents().1, [(RootId::FIRST, id)]);
     assert_eq!(catalog.get_chunk(&t, &id).await.unwrap(), None);
-    catalog.acknowledge(RootId::FIRST).await.unwrap();
+    catalog.acknowledge(RootId::FIRST, false).await.unwrap();
     assert_eq!(store.gc(NO_GRACE).await[0].after, None);
     assert_eq!(store.engine.contents().1, []);
 }
@@ -463,7 +468,7 @@ async fn profiles_are_of_live_images_few_and_go_with_them() {
         let t = &t;
         async move {
             catalog
-                .put_profile(t, &IMAGE, &name, Bytes::from_static(b"p"))
+                .put_profile(t, None, &IMAGE, &name, Bytes::from_static(b"p"))
                 .await
         }
     };

@@ -72,7 +72,8 @@ pub enum ManifestPut {
     Created,
     /// The same manifest was there; the image is live.
     Known,
-    /// Nothing was kept: the tenant has to put these chunks first. Each once, in the manifest's order.
+    /// Nothing was kept: the tenant has to put these chunks first. Each once, in the manifest's order;
+    /// the search ends soon after [`super::MAX_MISSING`].
     Missing(Vec<ChunkId>),
 }
 
@@ -150,7 +151,9 @@ pub struct RootInfo {
     pub since: Option<u64>,
     /// When its last alarm was acknowledged, in seconds since 1970.
     pub acknowledged: Option<u64>,
-    /// What stops its deletion.
+    /// Since when alarms do not stop its deletion, in seconds since 1970.
+    pub alarms_ignored: Option<u64>,
+    /// What stops its deletion, unless alarms are ignored.
     pub alarm: Option<Alarm>,
 }
 
@@ -200,6 +203,8 @@ pub struct GcRoot {
     pub after: Option<RootState>,
     /// Whether an alarm stops its deletion.
     pub alarm: bool,
+    /// What kept the pass from doing all that it should with this root; the next pass tries again.
+    pub error: Option<String>,
     /// For how many seconds yet nothing may be done with it.
     pub wait_seconds: u64,
     /// Manifests that were moved to the active root.

@@ -255,6 +255,14 @@ impl Engine for HotEngine {
         Ok(found)
     }
 
+    async fn get_kept_chunk(
+        &self,
+        root: RootId,
+        id: &ChunkId,
+    ) -> Result<Option<Bytes>, EngineError> {
+        self.durable.get_kept_chunk(root, id).await
+    }
+
     async fn stat_chunks(
         &self,
         root: RootId,

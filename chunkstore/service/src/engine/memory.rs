@@ -2,6 +2,8 @@
 
 use std::collections::BTreeMap;
 use std::ops::Bound;
+use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
+use std::time::Duration;
 
 use async_trait::async_trait;
 use bytes::Bytes;
@@ -33,6 +35,8 @@ pub type Fault = Box<dyn Fn(Call, &str) -> Option<EngineError> + Send + Sync>;
 pub struct MemoryEngine {
     held: Mutex<Held>,
     fault: Mutex<Option<Fault>>,
+    slowness: Mutex<Duration>,
+    calls: AtomicU64,
 }
 
 #[derive(Default)]
@@ -60,6 +64,16 @@ impl MemoryEngine {
         *self.fault.lock() = None;
     }
 
+    /// From now on, every call takes that long.
+    pub fn slow_down(&self, by: Duration) {
+        *self.slowness.lock() = by;
+    }
+
+    /// How many calls there were.
+    pub fn calls(&self) -> u64 {
+        self.calls.load(Relaxed)
+    }
+
     /// Puts wrong bytes in the place of a chunk that is there; whether it was.
     pub fn damage_chunk(&self, root: RootId, id: &ChunkId, wrong: Bytes) -> bool {
         match self.held.lock().chunks.get_mut(&(root, *id)) {
@@ -76,6 +90,14 @@ impl MemoryEngine {
         let held = self.held.lock();
         let docs = held.docs.keys().cloned().collect();
         (docs, held.chunks.keys().copied().collect())
+    }
+
+    async fn begin(&self) {
+        self.calls.fetch_add(1, Relaxed);
+        let slowness = *self.slowness.lock();
+        if !slowness.is_zero() {
+            tokio::time::sleep(slowness).await;
+        }
     }
 
     fn may(&self, call: Call, what: &str) -> Result<(), EngineError> {
@@ -103,6 +125,7 @@ impl Engine for MemoryEngine {
         id: &ChunkId,
         bytes: Bytes,
     ) -> Result<bool, EngineError> {
+        self.begin().await;
         check_chunk_put(id, &bytes)?;
         self.may(Call::WriteChunk, &id.hex())?;
         let mut held = self.held.lock();
@@ -119,6 +142,7 @@ impl Engine for MemoryEngine {
         id: &ChunkId,
         bytes: Bytes,
     ) -> Result<(), EngineError> {
+        self.begin().await;
         check_chunk_put(id, &bytes)?;
         self.may(Call::WriteChunk, &id.hex())?;
         self.held.lock().chunks.insert((root, *id), bytes);
@@ -126,6 +150,7 @@ impl Engine for MemoryEngine {
     }
 
     async fn get_chunk(&self, root: RootId, id: &ChunkId) -> Result<Option<Bytes>, EngineError> {
+        self.begin().await;
         self.may(Call::ReadChunk, &id.hex())?;
         Ok(self.held.lock().chunks.get(&(root, *id)).cloned())
     }
@@ -135,6 +160,7 @@ impl Engine for MemoryEngine {
         root: RootId,
         ids: &[ChunkId],
     ) -> Result<Vec<Option<u32>>, EngineError> {
+        self.begin().await;
         for id in ids {
             self.may(Call::ReadChunk, &id.hex())?;
         }
@@ -149,6 +175,7 @@ impl Engine for MemoryEngine {
         after: Option<&ChunkId>,
         limit: usize,
     ) -> Result<Vec<(ChunkId, u32)>, EngineError> {
+        self.begin().await;
         self.may(Call::ReadChunk, "")?;
         let from = match after {
             Some(id) => Bound::Excluded((root, *id)),
@@ -163,12 +190,14 @@ impl Engine for MemoryEngine {
     }
 
     async fn remove_chunks(&self, root: RootId) -> Result<(), EngineError> {
+        self.begin().await;
         self.may(Call::WriteChunk, "")?;
         self.held.lock().chunks.retain(|(of, _), _| *of != root);
         Ok(())
     }
 
     async fn put_doc(&self, name: &str, bytes: Bytes, when: When) -> Result<bool, EngineError> {
+        self.begin().await;
         check_doc_put(name, &bytes)?;
         self.may(Call::WriteDoc, name)?;
         let mut held = self.held.lock();
@@ -187,12 +216,14 @@ impl Engine for MemoryEngine {
     }
 
     async fn get_doc(&self, name: &str) -> Result<Option<Bytes>, EngineError> {
+        self.begin().await;
         check_doc_name(name)?;
         self.may(Call::ReadDoc, name)?;
         Ok(self.held.lock().docs.get(name).cloned())
     }
 
     async fn has_docs(&self, names: &[String]) -> Result<Vec<bool>, EngineError> {
+        self.begin().await;
         for name in names {
             check_doc_name(name)?;
             self.may(Call::ReadDoc, name)?;
@@ -202,6 +233,7 @@ impl Engine for MemoryEngine {
     }
 
     async fn delete_doc(&self, name: &str) -> Result<(), EngineError> {
+        self.begin().await;
         check_doc_name(name)?;
         self.may(Call::WriteDoc, name)?;
         self.held.lock().docs.remove(name);
@@ -214,6 +246,7 @@ impl Engine for MemoryEngine {
         after: Option<&str>,
         limit: usize,
     ) -> Result<Vec<String>, EngineError> {
+        self.begin().await;
         self.may(Call::ReadDoc, prefix)?;
         let from = match after {
             Some(name) if name >= prefix => Bound::Excluded(name),
@@ -230,6 +263,7 @@ impl Engine for MemoryEngine {
     }
 
     async fn remove_docs(&self, prefix: &str) -> Result<(), EngineError> {
+        self.begin().await;
         self.may(Call::WriteDoc, prefix)?;
         self.held
             .lock()
@@ -239,10 +273,12 @@ impl Engine for MemoryEngine {
     }
 
     async fn check(&self) -> Result<(), EngineError> {
+        self.begin().await;
         self.may(Call::Check, "")
     }
 
     async fn used_bytes(&self) -> Result<Option<u64>, EngineError> {
+        self.begin().await;
         let held = self.held.lock();
         let all = held.chunks.values().chain(held.docs.values());
         Ok(Some(all.map(|bytes| bytes.len() as u64).sum()))

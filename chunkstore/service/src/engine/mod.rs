@@ -10,6 +10,7 @@ pub mod hot;
 #[cfg(any(test, feature = "testing"))]
 pub mod memory;
 pub mod objects;
+mod part;
 pub mod redis;
 
 use std::fmt;
@@ -19,6 +20,8 @@ use std::str::FromStr;
 use async_trait::async_trait;
 use bytes::Bytes;
 use lazyimg_convergent::{ChunkId, Digest, MAX_STORED_LEN};
+
+pub use part::FilePart;
 
 /// The number of a root: a namespace of chunks and documents that is deleted as a whole. Later roots
 /// have higher numbers. Written `r` and eight decimal digits or more.
@@ -61,7 +64,7 @@ impl FromStr for RootId {
 }
 
 /// Why an engine did not do it.
-#[derive(Debug, thiserror::Error)]
+#[derive(Debug, Clone, thiserror::Error)]
 pub enum EngineError {
     /// There is no room: a full disk, a quota of the object store.
     #[error("the store's engine is full: {0}; add room, or delete images and collect garbage")]
@@ -166,6 +169,24 @@ pub trait Engine: Send + Sync {
 
     /// A chunk, as it lies there; damage that the engine notices by itself is [`EngineError::Damaged`].
     async fn get_chunk(&self, root: RootId, id: &ChunkId) -> Result<Option<Bytes>, EngineError>;
+
+    /// The same of the copy that is kept, whatever faster copies there are beside it: for who wants to
+    /// know whether that one is good.
+    async fn get_kept_chunk(
+        &self,
+        root: RootId,
+        id: &ChunkId,
+    ) -> Result<Option<Bytes>, EngineError> {
+        self.get_chunk(root, id).await
+    }
+
+    /// A chunk that can be sent as it lies in a file, without waiting for a disk; `None` says nothing
+    /// but that [`Engine::get_chunk`] has to be asked. Unlike there the copy was checked at some time
+    /// since the start, not now. Does not block.
+    fn ready_chunk(&self, root: RootId, id: &ChunkId) -> Option<FilePart> {
+        let _ = (root, id);
+        None
+    }
 
     /// For each id its length in bytes, or `None` when the root does not have it.
     async fn stat_chunks(

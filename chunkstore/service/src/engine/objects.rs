@@ -10,12 +10,16 @@ use lazyimg_convergent::ChunkId;
 use opendal::layers::{ConcurrentLimitLayer, RetryLayer, TimeoutLayer};
 use opendal::options::{ListOptions, WriteOptions};
 use opendal::{ErrorKind, Operator};
+use std::hash::{BuildHasher, RandomState};
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use super::{
     Engine, EngineError, RootId, When, check_chunk_put, check_doc_name, check_doc_put,
     parse_chunk_id,
 };
+
+#[cfg(test)]
+mod tests;
 
 /// Requests of one call under way at once.
 const PARALLEL: usize = 32;
@@ -34,6 +38,8 @@ const DELETE_BATCH: usize = 1_000;
 pub struct ObjectsEngine {
     name: &'static str,
     op: Operator,
+    /// The same, but each request is made once: for those that must not be repeated unseen.
+    once: Operator,
     /// Whether the service knows "only where nothing is".
     conditional: bool,
 }
@@ -48,12 +54,15 @@ impl ObjectsEngine {
                 "the service {name} cannot list objects in order; choose S3 or the embedded engine"
             )));
         }
+        let op = op.layer(
+            TimeoutLayer::new()
+                .with_timeout(TIMEOUT)
+                .with_io_timeout(TIMEOUT),
+        );
+        // One for both.
+        let limit = ConcurrentLimitLayer::new(MAX_REQUESTS);
+        let once = op.clone().layer(limit.clone());
         let op = op
-            .layer(
-                TimeoutLayer::new()
-                    .with_timeout(TIMEOUT)
-                    .with_io_timeout(TIMEOUT),
-            )
             .layer(
                 RetryLayer::new()
                     .with_jitter()
@@ -61,10 +70,11 @@ impl ObjectsEngine {
                     .with_max_delay(MAX_DELAY)
                     .with_max_times(RETRIES),
             )
-            .layer(ConcurrentLimitLayer::new(MAX_REQUESTS));
+            .layer(limit);
         let mut engine = Self {
             name,
             op,
+            once,
             conditional: can.write_with_if_not_exists,
         };
         engine.conditional = engine.conditional && engine.probe().await?;
@@ -103,16 +113,33 @@ impl ObjectsEngine {
         Ok(works)
     }
 
+    /// Writes where nothing is. An attempt that failed may have written all the same; the next one then
+    /// finds something, and what it finds is compared: it is ours.
     async fn write_absent(&self, key: &str, bytes: Bytes) -> Result<bool, EngineError> {
-        let options = WriteOptions {
-            if_not_exists: true,
-            ..WriteOptions::default()
-        };
-        match self.op.write_options(key, bytes, options).await {
-            Ok(_) => Ok(true),
-            Err(e) if e.kind() == ErrorKind::ConditionNotMatch => Ok(false),
-            Err(e) if e.kind() == ErrorKind::AlreadyExists => Ok(false),
-            Err(e) => Err(self.error("write", key, &e)),
+        let mut delay = MIN_DELAY;
+        let mut attempt = 0;
+        loop {
+            let options = WriteOptions {
+                if_not_exists: true,
+                ..WriteOptions::default()
+            };
+            let written = self.once.write_options(key, bytes.clone(), options).await;
+            let Err(e) = written else { return Ok(true) };
+            if matches!(
+                e.kind(),
+                ErrorKind::ConditionNotMatch | ErrorKind::AlreadyExists
+            ) {
+                let ours = attempt > 0 && self.get(key).await?.is_some_and(|found| found == bytes);
+                return Ok(ours);
+            }
+            if attempt == RETRIES || !e.is_temporary() {
+                return Err(self.error("write", key, &e));
+            }
+            attempt += 1;
+            // Up to twice as long, so that many do not come again at once.
+            let dice = RandomState::new().hash_one(attempt) as u32;
+            tokio::time::sleep(delay + delay.mul_f64(f64::from(dice) / f64::from(u32::MAX))).await;
+            delay = (delay * 2).min(MAX_DELAY);
         }
     }
 
@@ -189,9 +216,7 @@ impl ObjectsEngine {
     /// What an error of OpenDAL means.
     fn error(&self, doing: &str, key: &str, e: &opendal::Error) -> EngineError {
         let text = format!("{}: cannot {doing} {key}: {e}", self.name);
-        let lower = text.to_lowercase();
-        let full = ["quota", "insufficientstorage", "insufficient storage"];
-        if full.iter().any(|word| lower.contains(word)) {
+        if says_full(e.message()) {
             return EngineError::Full(text);
         }
         match e.kind() {
@@ -205,6 +230,15 @@ impl ObjectsEngine {
             _ => EngineError::Unavailable(text),
         }
     }
+}
+
+/// Whether a service says that there is no room. Its words may have the key in them, and so what tenants
+/// are called; keys have neither capitals nor spaces.
+fn says_full(message: &str) -> bool {
+    let codes = ["QuotaExceeded", "InsufficientStorage", "StorageFull"];
+    let words = ["quota exceeded", "insufficient storage", "no space left"];
+    let lower = message.to_lowercase();
+    codes.iter().any(|code| message.contains(code)) || words.iter().any(|w| lower.contains(w))
 }
 
 fn chunks_of(root: RootId) -> String {

@@ -85,10 +85,28 @@ impl RedisEngine {
         })
     }
 
+    /// Does what may be done twice. A connection that has broken is made anew by who uses it next: that
+    /// is this one.
     async fn ask<T: FromRedisValue>(&self, pipe: &Pipeline) -> Result<T, EngineError> {
+        let mut connection = self.connection();
+        match pipe.query_async(&mut connection).await {
+            Err(e) if e.is_connection_dropped() => {
+                pipe.query_async(&mut connection).await.map_err(error)
+            }
+            done => done.map_err(error),
+        }
+    }
+
+    /// Does what must be done once.
+    async fn ask_once<T: FromRedisValue>(&self, pipe: &Pipeline) -> Result<T, EngineError> {
+        pipe.query_async(&mut self.connection())
+            .await
+            .map_err(error)
+    }
+
+    fn connection(&self) -> ConnectionManager {
         let turn = self.next.fetch_add(1, Relaxed) % self.connections.len();
-        let mut connection = self.connections[turn].clone();
-        pipe.query_async(&mut connection).await.map_err(error)
+        self.connections[turn].clone()
     }
 
     fn chunk_key(&self, root: RootId, id: &str) -> String {
@@ -126,7 +144,10 @@ impl RedisEngine {
             set.arg("EX").arg(ttl.as_secs().max(1));
         }
         set.cmd("ZADD").arg(index).arg(0).arg(name).ignore();
-        let (set,): (Option<String>,) = self.ask(&pipe).await?;
+        let (set,): (Option<String>,) = match when {
+            When::Absent => self.ask_once(&pipe).await?,
+            When::Always => self.ask(&pipe).await?,
+        };
         Ok(set.is_some())
     }
 

@@ -6,7 +6,7 @@ use std::sync::Arc;
 use std::time::Instant;
 
 use axum::http::StatusCode;
-use serde::Serialize;
+use serde::{Deserialize, Serialize};
 
 use super::call::Call;
 use super::error::ApiError;
@@ -69,12 +69,27 @@ pub(super) async fn rotate(call: Call) -> Answer {
 
 /// `POST /v1/admin/roots/ROOT/acknowledge`.
 pub(super) async fn acknowledge(mut call: Call) -> Answer {
+    #[derive(Default, Deserialize)]
+    #[serde(default, deny_unknown_fields)]
+    struct Document {
+        ignore_alarms: bool,
+    }
     let root = call.path::<String>().await?;
     let root: RootId = root
         .parse()
         .map_err(|e| ApiError::BadRequest(format!("{e}")))?;
-    act(call, Some(root.to_string()), async move |call| {
-        call.app.catalog.acknowledge(root).await?;
+    let (body, _held) = call.body("the JSON body", MAX_JSON).await?;
+    let Document { ignore_alarms } = match body.is_empty() {
+        true => Document::default(),
+        false => serde_json::from_slice(&body)
+            .map_err(|e| ApiError::BadRequest(format!("the JSON body: {e}")))?,
+    };
+    let on = match ignore_alarms {
+        true => format!("{root} ignore_alarms"),
+        false => root.to_string(),
+    };
+    act(call, Some(on), async move |call| {
+        call.app.catalog.acknowledge(root, ignore_alarms).await?;
         Ok(empty(StatusCode::NO_CONTENT))
     })
     .await

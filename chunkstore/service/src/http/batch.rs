@@ -56,12 +56,12 @@ fn frames(
     ids: Vec<ChunkId>,
     deadline: Option<Instant>,
 ) -> impl Stream<Item = Result<Bytes, Infallible>> {
-    let memory = call.app.memory.clone();
     // Memory is taken in the order of the answer, one chunk after the other: those before it in this
     // answer have theirs, so they go on, and give it back.
+    let taker = Arc::clone(&call);
     let with_memory = stream::iter(ids).then(move |id| {
-        let memory = memory.clone();
-        async move { (id, memory.take(MAX_STORED_LEN).await) }
+        let call = Arc::clone(&taker);
+        async move { (id, call.memory(MAX_STORED_LEN).await) }
     });
     let fetched = with_memory.map(move |(id, held)| {
         let call = Arc::clone(&call);
@@ -90,7 +90,7 @@ async fn fetch(call: &Call, id: ChunkId, held: Held, deadline: Option<Instant>) 
             // It was given back while waiting. No longer wait than for the chunk: others may hold
             // what this one needs, and wait for memory as it does.
             (None, Some(deadline)) => {
-                match tokio::time::timeout_at(deadline, app.memory.take(MAX_STORED_LEN)).await {
+                match tokio::time::timeout_at(deadline, call.memory(MAX_STORED_LEN)).await {
                     Ok(Ok(held)) => held,
                     _ => return Frame::Bare(FrameKind::Coming),
                 }

@@ -1,5 +1,6 @@
 //! What every request goes through: an id, the bounds, the token, and a line in the log at the end.
 
+use std::collections::HashMap;
 use std::future::Future;
 use std::hash::BuildHasher as _;
 use std::pin::Pin;
@@ -25,20 +26,27 @@ use super::App;
 use super::error::ApiError;
 use super::memory::Held;
 use super::route::Route;
+use super::shares::Share;
 use crate::activity::{Shared, UnderWay};
 use crate::audit::Act;
+use crate::catalog::TenantName;
+use crate::engine::FilePart;
 use crate::tenants::{Right, Tenant};
 
 /// The longest head of a request, in bytes.
 const MAX_HEAD: usize = 32 << 10;
+
+/// Between two lines of what a tenant was refused.
+const REFUSAL_LINES: Duration = Duration::from_secs(10);
+
+/// Bodies come faster than that, in bytes per second, beside the time that they may stand still.
+const SLOWEST_LINK: usize = 64 << 10;
 
 /// What a request must have.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Need {
     /// Nothing.
     Nothing,
-    /// A token that is known.
-    Token,
     /// A token with this right.
     Right(Right),
 }
@@ -48,10 +56,53 @@ pub(super) enum Need {
 pub(super) struct Call {
     pub app: Arc<App>,
     pub tenant: Arc<Tenant>,
+    /// What the tenant may take of what all share.
+    pub share: Arc<Share>,
     pub parts: Parts,
     pub entry: Arc<Entry>,
     /// Behind a lock only because a body can't be shared.
     body: Mutex<Option<Body>>,
+}
+
+/// An answer, and what accounts for it.
+pub(super) struct Answered {
+    response: Response<Body>,
+    account: Account,
+}
+
+/// A request that is accounted for when this is dropped, as are its bytes until then.
+pub(crate) struct Account {
+    entry: Arc<Entry>,
+    under_way: Option<Arc<UnderWay>>,
+}
+
+impl Account {
+    /// The client has this many more bytes of its answer.
+    pub fn went(&self, bytes: u64) {
+        self.entry.bytes_out.fetch_add(bytes, Ordering::Relaxed);
+    }
+
+    /// The client has all of it.
+    pub fn complete(&self) {
+        self.entry.complete.store(true, Ordering::Relaxed);
+    }
+}
+
+impl Answered {
+    /// The answer, which accounts for itself.
+    pub fn into_response(self) -> Response<Body> {
+        let account = self.account;
+        self.response
+            .map(|body| Body::new(Accounted { body, account }))
+    }
+
+    /// The answer's chunk and its head, if it is one that lies in a file.
+    pub fn into_part(mut self) -> Result<(Response<()>, FilePart, Account), Response<Body>> {
+        match self.response.extensions_mut().remove::<FilePart>() {
+            Some(part) => Ok((self.response.map(|_| ()), part, self.account)),
+            None => Err(self.into_response()),
+        }
+    }
 }
 
 /// Lets a request in, has it done, and accounts for it.
@@ -61,7 +112,7 @@ pub(super) async fn serve<F, Fut>(
     need: Need,
     request: Request,
     handler: F,
-) -> Response<Body>
+) -> Answered
 where
     F: FnOnce(Call) -> Fut,
     Fut: Future<Output = Result<Response<Body>, ApiError>>,
@@ -96,12 +147,11 @@ where
     if let Some(under_way) = &mut under_way {
         under_way.answer();
     }
-    let accounted = |body| Accounted {
-        body,
+    let account = Account {
         entry,
-        _under_way: under_way,
+        under_way: under_way.map(Arc::new),
     };
-    response.map(|body| Body::new(accounted(body)))
+    Answered { response, account }
 }
 
 /// Everything that is decided without the request's body.
@@ -123,14 +173,8 @@ fn admit(
             limit: MAX_HEAD,
         });
     }
-    if !entry.route.is_probe() {
-        if app.draining.is_cancelled() {
-            return Err(ApiError::Draining);
-        }
-        let permit = Arc::clone(&app.requests).try_acquire_owned();
-        let permit = permit.map_err(|_| ApiError::Busy)?;
-        // It is set here only, and only once.
-        let _ = entry.permit.set(permit);
+    if app.draining.is_cancelled() && !entry.route.is_probe() {
+        return Err(ApiError::Draining);
     }
     // A browser says where a request that is not its user's own comes from.
     if !app.tenants.need_tokens() && parts.headers.contains_key(header::ORIGIN) {
@@ -149,9 +193,19 @@ fn admit(
     {
         return Err(ApiError::Forbidden(right));
     }
+    let share = app.shares.of(&tenant.name);
+    // Last: who may not ask takes nobody's place.
+    if !entry.route.is_probe() {
+        let own = share.request()?;
+        let permit = Arc::clone(&app.requests).try_acquire_owned();
+        let permit = permit.map_err(|_| ApiError::Busy)?;
+        // It is set here only, and only once.
+        let _ = entry.permit.set([own, permit]);
+    }
     Ok(Call {
         app: Arc::clone(app),
         tenant,
+        share,
         parts,
         entry: Arc::clone(entry),
         body: Mutex::new(Some(body)),
@@ -162,15 +216,41 @@ fn admit(
 async fn note_refusal(app: &App, entry: &Entry, error: &ApiError) {
     if let (Some(what), Some(tenant), ApiError::Forbidden(_)) =
         (entry.route.act(), entry.tenant.get(), error)
+        && let Some(since) = app.refusals.worth_a_line(&tenant.name)
     {
         let act = Act {
             who: tenant.name.to_string(),
             what,
-            on: None,
+            on: (since > 0).then(|| format!("and {since} more since the last line")),
             request: Some(entry.id.as_str().to_owned()),
             outcome: error.code(),
         };
         app.audit.record(act).await;
+    }
+}
+
+/// Acts that were refused: a tenant that tries again and again gets a line now and then.
+#[derive(Debug, Default)]
+pub(super) struct Refusals(Mutex<HashMap<TenantName, (Instant, u64)>>);
+
+impl Refusals {
+    /// How many were refused since the tenant's last line, if it is time for another.
+    fn worth_a_line(&self, tenant: &TenantName) -> Option<u64> {
+        let mut last = self.0.lock();
+        match last.get_mut(tenant) {
+            Some((at, since)) if at.elapsed() < REFUSAL_LINES => {
+                *since += 1;
+                None
+            }
+            Some((at, since)) => {
+                *at = Instant::now();
+                Some(std::mem::take(since))
+            }
+            None => {
+                last.insert(tenant.clone(), (Instant::now(), 0));
+                Some(0)
+            }
+        }
     }
 }
 
@@ -191,6 +271,11 @@ impl Call {
         Ok(found)
     }
 
+    /// Waits for memory for so many bytes.
+    pub async fn memory(&self, bytes: usize) -> Result<Held, ApiError> {
+        self.app.memory.take(&self.share, bytes).await
+    }
+
     /// The request's body, of at most `limit` bytes, in one piece. [`Held`] is the memory that it takes.
     pub async fn body(
         &mut self,
@@ -204,16 +289,23 @@ impl Call {
             return Err(too_large());
         }
         let declared = hint.exact().map_or(limit, |len| len as usize);
-        let mut held = self.app.memory.take(declared).await?;
+        let mut held = self.memory(declared).await?;
         let mut frames = body.into_data_stream();
+        let idle = self.app.limits.body_idle;
+        // A byte now and then is no body either.
+        let seconds = declared as f64 / SLOWEST_LINK as f64;
+        let end = tokio::time::Instant::now() + idle + Duration::from_secs_f64(seconds);
         let mut first = Bytes::new();
         let mut rest = BytesMut::new();
-        let idle = self.app.limits.body_idle;
         loop {
-            let next = tokio::time::timeout(idle, frames.next()).await;
+            let idle_until = tokio::time::Instant::now() + idle;
+            let next = tokio::time::timeout_at(end.min(idle_until), frames.next()).await;
             let next = next.map_err(|_| {
                 let seconds = idle.as_secs_f64();
-                ApiError::BadRequest(format!("no byte of the body came in {seconds} s"))
+                ApiError::BadRequest(match idle_until <= end {
+                    true => format!("no byte of the body came in {seconds} s"),
+                    false => "the body comes too slowly: send it over a faster link".to_owned(),
+                })
             })?;
             let Some(next) = next else { break };
             let next = next.map_err(|_| {
@@ -307,7 +399,7 @@ pub(super) struct Entry {
     app: Arc<App>,
     method: Method,
     begun: Instant,
-    permit: OnceLock<OwnedSemaphorePermit>,
+    permit: OnceLock<[OwnedSemaphorePermit; 2]>,
     tenant: OnceLock<Arc<Tenant>>,
     status: AtomicU16,
     error: OnceLock<&'static str>,
@@ -395,14 +487,13 @@ impl Drop for Entry {
 /// The body of an answer that is counted while it goes.
 struct Accounted {
     body: Body,
-    entry: Arc<Entry>,
-    _under_way: Option<UnderWay>,
+    account: Account,
 }
 
 impl Drop for Accounted {
     fn drop(&mut self) {
         if self.body.is_end_stream() {
-            self.entry.complete.store(true, Ordering::Relaxed);
+            self.account.complete();
         }
     }
 }
@@ -416,15 +507,22 @@ impl HttpBody for Accounted {
         cx: &mut Context<'_>,
     ) -> Poll<Option<Result<Frame<Bytes>, axum::Error>>> {
         let next = Pin::new(&mut self.body).poll_frame(cx);
-        match &next {
+        match next {
             Poll::Ready(Some(Ok(frame))) => {
                 let len = frame.data_ref().map_or(0, Bytes::len) as u64;
-                self.entry.bytes_out.fetch_add(len, Ordering::Relaxed);
+                self.account.went(len);
+                let frame = match &self.account.under_way {
+                    Some(under_way) => frame.map_data(|bytes| under_way.piece(bytes)),
+                    None => frame,
+                };
+                Poll::Ready(Some(Ok(frame)))
             }
-            Poll::Ready(None) => self.entry.complete.store(true, Ordering::Relaxed),
-            Poll::Ready(Some(Err(_))) | Poll::Pending => {}
+            Poll::Ready(None) => {
+                self.account.complete();
+                Poll::Ready(None)
+            }
+            other => other,
         }
-        next
     }
 
     fn is_end_stream(&self) -> bool {

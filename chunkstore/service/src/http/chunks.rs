@@ -31,17 +31,40 @@ fn chunk_id(text: &str) -> Result<ChunkId, ApiError> {
 /// `GET`.
 pub(super) async fn get(mut call: Call) -> Answer {
     let id = chunk_id(&call.path::<String>().await?)?;
-    if asks_for_another(&call.parts.headers, &id) {
-        return match call.app.catalog.stat_chunk(&call.tenant.name, &id).await? {
-            Some(_) => Ok(with_name(empty(StatusCode::NOT_MODIFIED), &id)),
+    give(&call, &id, Form::Bytes).await
+}
+
+/// How an answer may have a chunk.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Form {
+    /// As its body.
+    Bytes,
+    /// As a [`FilePart`] among its extensions, with nothing as its body; or as its body.
+    Either,
+}
+
+/// The answer to `GET` of a chunk.
+pub(super) async fn give(call: &Call, id: &ChunkId, form: Form) -> Answer {
+    if asks_for_another(&call.parts.headers, id) {
+        return match call.app.catalog.stat_chunk(&call.tenant.name, id).await? {
+            Some(_) => Ok(with_name(empty(StatusCode::NOT_MODIFIED), id)),
             None => Err(ApiError::NotFound("the chunk")),
         };
     }
-    let held = call.app.memory.take(MAX_STORED_LEN).await?;
-    match call.app.catalog.get_chunk(&call.tenant.name, &id).await? {
+    if form == Form::Either
+        && let Some(part) = call.app.catalog.ready_chunk(&call.tenant.name, id)
+    {
+        call.app.metrics.chunk_hits.inc();
+        call.app.metrics.chunks_from_files.inc();
+        let mut response = with_name(octets(Bytes::new()), id);
+        response.extensions_mut().insert(part);
+        return Ok(response);
+    }
+    let held = call.memory(MAX_STORED_LEN).await?;
+    match call.app.catalog.get_chunk(&call.tenant.name, id).await? {
         Some(bytes) => {
             call.app.metrics.chunk_hits.inc();
-            Ok(with_name(octets(held.with(bytes)), &id))
+            Ok(with_name(octets(held.with(bytes)), id))
         }
         None => {
             call.app.metrics.chunk_misses.inc();
@@ -104,7 +127,7 @@ pub(super) async fn put(mut call: Call) -> Answer {
             )));
         }
     };
-    let (body, _held) = call.body("the chunk", MAX_STORED_LEN).await?;
+    let (body, held) = call.body("the chunk", MAX_STORED_LEN).await?;
     if body.is_empty() {
         return Err(ApiError::BadRequest(
             "a chunk has at least one byte".to_owned(),
@@ -116,6 +139,8 @@ pub(super) async fn put(mut call: Call) -> Answer {
             "the body's SHA-256 is {actual}, not the id: it was damaged on its way, or is another chunk"
         )));
     }
+    // It is written to the end, whether or not the client waits for that.
+    let body = held.with(body);
     let tenant = &call.tenant;
     let put = call
         .app

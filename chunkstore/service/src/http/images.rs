@@ -10,6 +10,7 @@ use serde::Deserialize;
 use super::call::Call;
 use super::error::ApiError;
 use super::lease::Search;
+use super::memory::PATIENCE;
 use super::{Answer, Wanted, digest, empty, json, octets, set};
 use crate::catalog::{MAX_MANIFEST, MAX_PROFILE, ManifestPut};
 
@@ -48,7 +49,9 @@ pub(super) async fn put_manifest(mut call: Call) -> Answer {
             return Err(ApiError::BadRequest(text));
         }
     };
-    let (body, _held) = call.body("the manifest", MAX_MANIFEST).await?;
+    let (body, held) = call.body("the manifest", MAX_MANIFEST).await?;
+    // It is written to the end, whether or not the client waits for that.
+    let body = held.with(body);
     let (catalog, tenant) = (&call.app.catalog, &call.tenant);
     let (name, quota) = (&tenant.name, tenant.quota);
     let status = if cached {
@@ -88,18 +91,19 @@ pub(super) async fn get_manifest(mut call: Call) -> Answer {
 async fn look(call: &Call, image: &Digest, key: KeyId) -> Result<Option<Bytes>, ApiError> {
     let (app, name) = (&call.app, &call.tenant.name);
     if let Some(len) = app.catalog.stat_manifest(name, image, key).await? {
-        let held = app.memory.take(len as usize).await?;
+        let held = call.memory(len as usize).await?;
         if let Some(bytes) = app.catalog.get_manifest(name, image, key).await? {
             return Ok(Some(held.with(bytes)));
         }
     }
     // Nobody knows how long it is, and mostly there is none: no memory is kept for it beforehand.
-    let few = app.unmeasured.acquire().await;
+    let few = tokio::time::timeout(PATIENCE, app.unmeasured.acquire()).await;
+    let few = few.map_err(|_| ApiError::Busy)?;
     let few = few.map_err(|_| ApiError::Draining)?;
     let Some(bytes) = app.catalog.get_cached_manifest(name, image, key).await? else {
         return Ok(None);
     };
-    let held = app.memory.take(bytes.len()).await?;
+    let held = call.memory(bytes.len()).await?;
     drop(few);
     Ok(Some(held.with(bytes)))
 }
@@ -169,10 +173,10 @@ async fn profile_of(call: &mut Call) -> Result<(Digest, String), ApiError> {
 /// `PUT …/profiles/NAME`.
 pub(super) async fn put_profile(mut call: Call) -> Answer {
     let (image, name) = profile_of(&mut call).await?;
-    let (body, _held) = call.body("the profile", MAX_PROFILE).await?;
-    let catalog = &call.app.catalog;
+    let (body, held) = call.body("the profile", MAX_PROFILE).await?;
+    let (catalog, tenant) = (&call.app.catalog, &call.tenant);
     catalog
-        .put_profile(&call.tenant.name, &image, &name, body)
+        .put_profile(&tenant.name, tenant.quota, &image, &name, held.with(body))
         .await?;
     Ok(empty(StatusCode::OK))
 }
@@ -180,7 +184,7 @@ pub(super) async fn put_profile(mut call: Call) -> Answer {
 /// `GET …/profiles/NAME`.
 pub(super) async fn get_profile(mut call: Call) -> Answer {
     let (image, name) = profile_of(&mut call).await?;
-    let held = call.app.memory.take(MAX_PROFILE).await?;
+    let held = call.memory(MAX_PROFILE).await?;
     let catalog = &call.app.catalog;
     let found = catalog
         .get_profile(&call.tenant.name, &image, &name)

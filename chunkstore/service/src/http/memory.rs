@@ -7,9 +7,10 @@ use bytes::Bytes;
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 
 use super::error::ApiError;
+use super::shares::Share;
 
 /// How long a request waits for memory before it is told to come again.
-const PATIENCE: Duration = Duration::from_secs(30);
+pub(super) const PATIENCE: Duration = Duration::from_secs(30);
 
 /// The bytes that bodies may take.
 #[derive(Debug, Clone)]
@@ -18,9 +19,12 @@ pub(super) struct Memory {
     total: u32,
 }
 
-/// A part of them, until it is dropped.
+/// A part of them, until it is dropped: of all, and of the tenant's.
 #[derive(Debug)]
-pub(super) struct Held(OwnedSemaphorePermit);
+pub(super) struct Held {
+    all: OwnedSemaphorePermit,
+    tenant: OwnedSemaphorePermit,
+}
 
 impl Memory {
     pub fn new(bytes: u64) -> Self {
@@ -36,14 +40,24 @@ impl Memory {
     /// Waits for room; one body may have all of it, even if it is longer.
     ///
     /// Nobody waits who holds some already, except at the end of its own patience: so those who hold
-    /// can always go on.
-    pub async fn take(&self, bytes: usize) -> Result<Held, ApiError> {
-        let bytes = u32::try_from(bytes).unwrap_or(u32::MAX).min(self.total);
-        let room = Arc::clone(&self.free).acquire_many_owned(bytes);
+    /// can always go on. The tenant's part comes first: who waits for that keeps nobody else waiting.
+    pub async fn take(&self, share: &Share, bytes: usize) -> Result<Held, ApiError> {
+        let bytes = u32::try_from(bytes).unwrap_or(u32::MAX);
+        let room = async {
+            let tenant = share.memory(bytes).await?;
+            let all = Arc::clone(&self.free).acquire_many_owned(bytes.min(self.total));
+            let all = all.await.ok()?;
+            Some(Held { all, tenant })
+        };
         match tokio::time::timeout(PATIENCE, room).await {
-            Ok(Ok(permit)) => Ok(Held(permit)),
+            Ok(Some(held)) => Ok(held),
             _ => Err(ApiError::Busy),
         }
+    }
+
+    /// How many there are.
+    pub fn total(&self) -> u32 {
+        self.total
     }
 
     /// Bytes that are taken.
@@ -55,8 +69,10 @@ impl Memory {
 impl Held {
     /// Gives back what is more than `bytes`.
     pub fn shrink_to(&mut self, bytes: usize) {
-        let more = self.0.num_permits().saturating_sub(bytes);
-        drop(self.0.split(more));
+        for part in [&mut self.all, &mut self.tenant] {
+            let more = part.num_permits().saturating_sub(bytes);
+            drop(part.split(more));
+        }
     }
 
     /// Bytes that give this part back when the last reference to them is dropped: for an answer, when
@@ -79,25 +95,28 @@ impl Held {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::http::shares::Shares;
 
     #[tokio::test(start_paused = true)]
     async fn what_does_not_fit_waits_until_bytes_are_dropped() {
         let memory = Memory::new(100);
+        let share = Shares::new(1, 100, true).of(&"t".parse().unwrap());
+        let share = &*share;
         let bytes = memory
-            .take(90)
+            .take(share, 90)
             .await
             .unwrap()
             .with(Bytes::from(vec![7; 60]));
         assert_eq!(memory.taken(), 60);
-        let second = memory.take(40).await.unwrap();
-        assert!(memory.take(1).await.is_err(), "after its patience");
+        let second = memory.take(share, 40).await.unwrap();
+        assert!(memory.take(share, 1).await.is_err(), "after its patience");
         let copy = bytes.clone();
         drop(bytes);
         assert_eq!(memory.taken(), 100, "a copy is still there");
         drop(copy);
         assert_eq!(memory.taken(), 40);
         drop(second);
-        let all = memory.take(1000).await.unwrap();
+        let all = memory.take(share, 1000).await.unwrap();
         assert_eq!(
             memory.taken(),
             100,

@@ -12,6 +12,7 @@ mod memory;
 mod probe;
 mod refs;
 mod route;
+mod shares;
 
 use std::future::Future;
 use std::sync::Arc;
@@ -30,15 +31,17 @@ use tokio_util::sync::CancellationToken;
 
 use crate::audit::Audit;
 use crate::catalog::{Catalog, TenantName};
-use crate::engine::Engine;
 use crate::engine::hot::HotCounters;
+use crate::engine::{Engine, FilePart};
 use crate::leases::Leases;
 use crate::metrics::Metrics;
 use crate::tenants::{Right, Rights, Tenant, Tenants};
 
 use call::{Call, Need};
 use memory::Memory;
+use shares::Shares;
 
+pub(crate) use call::Account;
 pub use error::ApiError;
 pub use route::Route;
 
@@ -116,9 +119,12 @@ pub(crate) struct App {
     pub draining: CancellationToken,
     leases: Leases<Wanted>,
     memory: Memory,
+    shares: Shares,
     /// Manifests that are read without knowing their length.
     unmeasured: Semaphore,
     ready: probe::Readiness,
+    looked: probe::Looked,
+    refusals: call::Refusals,
     /// Who asks for what needs no token, and has none. May do nothing.
     nobody: Arc<Tenant>,
 }
@@ -140,21 +146,25 @@ impl App {
         };
         // More than tokio's semaphores have are no bound.
         let requests = parts.limits.max_requests.min(Semaphore::MAX_PERMITS);
+        let memory = Memory::new(parts.limits.max_memory);
         Ok(Self {
             catalog: parts.catalog,
             engine: parts.engine,
-            tenants: parts.tenants,
             audit: parts.audit,
             metrics,
             requests: Arc::new(Semaphore::new(requests)),
             draining: CancellationToken::new(),
             leases: Leases::default(),
-            memory: Memory::new(parts.limits.max_memory),
+            shares: Shares::new(requests, memory.total(), !parts.tenants.need_tokens()),
+            memory,
             unmeasured: Semaphore::new(UNMEASURED),
             ready: probe::Readiness::default(),
+            looked: probe::Looked::default(),
+            refusals: call::Refusals::default(),
             limits: parts.limits,
             hot: parts.hot,
             nobody: Arc::new(nobody),
+            tenants: parts.tenants,
         })
     }
 
@@ -170,7 +180,7 @@ impl App {
 
 /// All routes.
 pub(crate) fn router(app: Arc<App>) -> Router {
-    use Right::{Administer, Read, Write};
+    use Right::{Administer, Observe, Read, Write};
     let a = &app;
     Router::new()
         .add(
@@ -267,7 +277,7 @@ pub(crate) fn router(app: Arc<App>) -> Router {
         )
         .add(
             Route::Metrics,
-            |r| get(run(a, r, Need::Token, probe::metrics)),
+            |r| get(run(a, r, Need::Right(Observe), probe::metrics)),
             a,
         )
         .fallback(run(a, Route::Other, Need::Nothing, no_route))
@@ -307,7 +317,31 @@ where
     Fut: Future<Output = Result<Response<Body>, ApiError>> + Send + 'static,
 {
     let app = Arc::clone(app);
-    move |request| Box::pin(call::serve(app, route, need, request, handler))
+    move |request| {
+        Box::pin(async move {
+            let answered = call::serve(app, route, need, request, handler).await;
+            answered.into_response()
+        })
+    }
+}
+
+/// What [`get_chunk`] gives.
+pub(crate) enum Direct {
+    /// A chunk that is to be sent from a file, and the head of the answer, without its length.
+    Part(Response<()>, FilePart, Account),
+    /// An answer like any other.
+    Whole(Response<Body>),
+}
+
+/// `GET /v1/chunks/ID` for who can send files; the router does the same for everybody else.
+pub(crate) async fn get_chunk(app: Arc<App>, id: ChunkId, request: Request) -> Direct {
+    let handler = |call: Call| async move { chunks::give(&call, &id, chunks::Form::Either).await };
+    let need = Need::Right(Right::Read);
+    let answered = call::serve(app, Route::Chunk, need, request, handler).await;
+    match answered.into_part() {
+        Ok((head, part, account)) => Direct::Part(head, part, account),
+        Err(response) => Direct::Whole(response),
+    }
 }
 
 async fn no_route(_: Call) -> Answer {

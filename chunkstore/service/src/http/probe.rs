@@ -9,13 +9,16 @@ use tokio::sync::Mutex;
 
 use super::call::Call;
 use super::error::ApiError;
-use super::{Answer, set};
-use crate::catalog::CatalogError;
+use super::{Answer, App, set};
+use crate::catalog::{CatalogError, RootInfo};
 use crate::engine::EngineError;
 use crate::metrics::{Observed, TEXT_TYPE};
 
 /// How long an answer of the engine is good for those who ask whether the store is ready.
 const FRESH: Duration = Duration::from_secs(1);
+
+/// How long its roots and bytes are good for those who read the metrics.
+const LOOK_AGAIN: Duration = Duration::from_secs(5);
 
 /// How long the engine may take to say that it works.
 const PATIENCE: Duration = Duration::from_secs(5);
@@ -64,15 +67,37 @@ pub(super) async fn ready(call: Call) -> Answer {
     }
 }
 
+/// What the engine last said of its roots and its bytes. To look at them costs more than to count: it
+/// is not done for each who asks.
+#[derive(Debug, Default)]
+pub(super) struct Looked(Mutex<Option<(Instant, Look)>>);
+
+type Look = (Option<Vec<RootInfo>>, Option<u64>);
+
+impl Looked {
+    async fn at(&self, app: &App) -> Look {
+        // Those who ask at the same time wait for one look.
+        let mut last = self.0.lock().await;
+        if let Some((at, look)) = &*last
+            && at.elapsed() < LOOK_AGAIN
+        {
+            return look.clone();
+        }
+        let asked = async { tokio::join!(app.catalog.roots(), app.engine.used_bytes()) };
+        // Counters are wanted most when the engine is in trouble.
+        let look = match tokio::time::timeout(PATIENCE, asked).await {
+            Ok((roots, used)) => (roots.ok(), used.ok().flatten()),
+            Err(_) => (None, None),
+        };
+        *last = Some((Instant::now(), look.clone()));
+        look
+    }
+}
+
 /// What it counts.
 pub(super) async fn metrics(call: Call) -> Answer {
     let app = &call.app;
-    let asked = async { tokio::join!(app.catalog.roots(), app.engine.used_bytes()) };
-    // Counters are wanted most when the engine is in trouble.
-    let (roots, used) = match tokio::time::timeout(PATIENCE, asked).await {
-        Ok((roots, used)) => (roots.ok(), used.ok().flatten()),
-        Err(_) => (None, None),
-    };
+    let (roots, used) = app.looked.at(app).await;
     let observed = Observed {
         memory: app.memory.taken(),
         leases: app.leases.held(),

@@ -138,6 +138,7 @@ enum RightName {
     Read,
     Write,
     Administer,
+    Observe,
 }
 
 #[derive(Debug, Deserialize)]
@@ -249,6 +250,7 @@ fn tenant(path: &Path, name: &str, entry: &Entry) -> Result<Tenant, TenantsError
             RightName::Read => rights.read = true,
             RightName::Write => rights.write = true,
             RightName::Administer => rights.administer = true,
+            RightName::Observe => rights.observe = true,
         }
     }
     let quota = match &entry.quota {

@@ -45,6 +45,8 @@ pub struct Rights {
     pub write: bool,
     /// To see and change what is not one tenant's: roots, garbage collection, statistics.
     pub administer: bool,
+    /// To see what the store counts: figures of all tenants together.
+    pub observe: bool,
 }
 
 impl Rights {
@@ -53,6 +55,7 @@ impl Rights {
         read: true,
         write: true,
         administer: true,
+        observe: true,
     };
 
     /// Whether `right` is one of them.
@@ -61,6 +64,7 @@ impl Rights {
             Right::Read => self.read,
             Right::Write => self.write,
             Right::Administer => self.administer,
+            Right::Observe => self.observe || self.administer,
         }
     }
 }
@@ -74,6 +78,8 @@ pub enum Right {
     Write,
     /// See [`Rights::administer`].
     Administer,
+    /// See [`Rights::observe`].
+    Observe,
 }
 
 impl fmt::Display for Right {
@@ -82,6 +88,7 @@ impl fmt::Display for Right {
             Self::Read => "read",
             Self::Write => "write",
             Self::Administer => "administer",
+            Self::Observe => "observe",
         })
     }
 }

@@ -52,7 +52,7 @@ fn a_token_names_its_tenant_and_no_other_text_does() {
         rights = ["read"]
         [tenants.beta]
         token-files = ["two"]
-        rights = ["read", "write", "administer"]
+        rights = ["read", "write", "administer", "observe"]
         quota = "1KiB"
         "#,
     ))

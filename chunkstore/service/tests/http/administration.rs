@@ -62,6 +62,10 @@ async fn roots_are_rotated_and_collected() {
         .post("", "/v1/admin/roots/r00000009/acknowledge", "")
         .await;
     assert_eq!(refused(unknown).await, (404, "not_found".into()));
+    for body in ["x", "{\"ignore\": true}", "{\"ignore_alarms\": 1}"] {
+        let path = "/v1/admin/roots/r00000001/acknowledge";
+        assert_eq!(refused(w.post("", path, body).await).await.0, 400, "{body}");
+    }
     let active = w
         .post("", "/v1/admin/roots/r00000002/acknowledge", "")
         .await;
@@ -85,6 +89,9 @@ async fn each_act_leaves_a_line_that_says_who_what_and_how_it_ended() {
         .to_owned();
     w.post(ADMIN, "/v1/admin/roots/r00000009/acknowledge", "")
         .await;
+    let ignore = json!({"ignore_alarms": true}).to_string();
+    let living = w.post(ADMIN, "/v1/admin/roots/r00000001/acknowledge", ignore);
+    assert_eq!(refused(living.await).await, (409, "conflict".into()));
     w.post(ADMIN, "/v1/admin/gc", "").await;
     w.post(ALPHA, "/v1/admin/gc", "").await;
     w.get(ADMIN, "/v1/admin/roots").await;
@@ -100,6 +107,7 @@ async fn each_act_leaves_a_line_that_says_who_what_and_how_it_ended() {
     let want = [
         ("admin", "rotate-root", "done"),
         ("admin", "acknowledge", "not_found"),
+        ("admin", "acknowledge", "conflict"),
         ("admin", "gc", "done"),
         ("alpha", "gc", "forbidden"),
     ];
@@ -107,5 +115,6 @@ async fn each_act_leaves_a_line_that_says_who_what_and_how_it_ended() {
     assert_eq!(lines.iter().map(short).collect::<Vec<_>>(), want);
     assert_eq!(lines[0]["request"], request);
     assert_eq!(lines[1]["on"], "r00000009");
+    assert_eq!(lines[2]["on"], "r00000001 ignore_alarms");
     assert!(!text.contains("token"), "{text}");
 }

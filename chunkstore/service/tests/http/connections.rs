@@ -140,6 +140,79 @@ async fn who_does_not_take_its_answer_is_cut_off_and_its_memory_given_back() {
 }
 
 #[tokio::test]
+async fn http_2_is_no_way_to_hold_what_an_answer_takes() {
+    let w = impatient().start().await;
+    let id = w.put_chunk("", &chunk(1, 1 << 20)).await;
+    // It lets one byte come, and is alive otherwise.
+    let client = Client::builder()
+        .http2_prior_knowledge()
+        .http2_initial_stream_window_size(1)
+        .http2_keep_alive_interval(Duration::from_millis(50))
+        .http2_keep_alive_while_idle(true);
+    let client = client.build().unwrap();
+    let url = format!("{}/v1/chunks/{id}", w.base);
+    let held: Vec<_> = (0..4).map(|_| client.get(&url).send()).collect();
+    let held = futures_util::future::join_all(held).await;
+    assert!(
+        held.iter()
+            .all(|answer| answer.as_ref().unwrap().status() == 200)
+    );
+    until("it is cut off", async || {
+        w.metric("", "lazyimg_store_connections_stalled_total")
+            .await
+            >= 1.0
+    })
+    .await;
+    until("its memory is given back", async || {
+        w.metric("", "lazyimg_store_body_memory_bytes").await == 0.0
+    })
+    .await;
+}
+
+#[tokio::test]
+async fn an_http_2_connection_without_requests_is_closed_however_often_it_pings() {
+    let mut setup = Setup::new();
+    setup.options.patience.idle = Duration::from_millis(400);
+    let w = setup.start().await;
+    let client = Client::builder()
+        .http2_prior_knowledge()
+        .http2_keep_alive_interval(Duration::from_millis(50))
+        .http2_keep_alive_while_idle(true);
+    let client = client.build().unwrap();
+    let answer = client.get(format!("{}/healthz", w.base)).send().await;
+    assert_eq!(answer.unwrap().status(), 200);
+    until("only the one that asks is left", async || {
+        w.metric("", "lazyimg_store_connections").await == 1.0
+    })
+    .await;
+    drop(client);
+}
+
+#[tokio::test]
+async fn a_body_that_comes_a_byte_now_and_then_is_not_waited_for() {
+    let w = impatient().start().await;
+    let mut socket = TcpStream::connect(w.addr).await.unwrap();
+    let head = format!(
+        "PUT /v1/chunks/{} HTTP/1.1\r\nhost: x\r\ncontent-length: 10000\r\n\r\n",
+        "0".repeat(64)
+    );
+    socket.write_all(head.as_bytes()).await.unwrap();
+    let (mut from, mut to) = socket.into_split();
+    let drip = tokio::spawn(async move {
+        while to.write_all(b"x").await.is_ok() {
+            tokio::time::sleep(Duration::from_millis(50)).await;
+        }
+    });
+    let mut said = Vec::new();
+    let _ = tokio::time::timeout(PATIENCE, from.read_to_end(&mut said))
+        .await
+        .expect("it is closed");
+    drip.abort();
+    let said = String::from_utf8_lossy(&said);
+    assert!(said.contains("comes too slowly"), "{said}");
+}
+
+#[tokio::test]
 async fn connections_are_bounded_and_the_next_one_waits() {
     let mut setup = Setup::new();
     setup.options.max_connections = 2;

@@ -4,6 +4,7 @@
 mod administration;
 mod chunks;
 mod connections;
+mod direct;
 mod failures;
 mod images;
 mod many;

@@ -9,7 +9,8 @@ use reqwest::Method;
 use serde_json::json;
 
 use crate::world::{
-    ADMIN, ALPHA, BETA, READER, Setup, World, chunk, key, manifest, refused, until, write_secret,
+    ADMIN, ALPHA, BETA, OBSERVER, READER, Setup, World, chunk, key, manifest, refused, until,
+    write_secret,
 };
 
 #[tokio::test]
@@ -34,9 +35,15 @@ async fn without_a_token_that_is_known_nothing_is_told() {
         let probe = w.ask(Method::GET, path).send().await.unwrap();
         assert_eq!(probe.status(), 200);
     }
-    for token in [ALPHA, READER, ADMIN] {
+    // They say what all tenants together do.
+    for token in [ALPHA, READER] {
+        let told = refused(w.get(token, "/metrics").await).await;
+        assert_eq!(told, (403, "forbidden".into()));
+    }
+    for token in [OBSERVER, ADMIN] {
         assert_eq!(w.get(token, "/metrics").await.status(), 200);
     }
+    assert_eq!(w.get(OBSERVER, "/v1/admin/roots").await.status(), 403);
 }
 
 #[tokio::test]
@@ -174,7 +181,9 @@ async fn a_token_is_rotated_while_the_store_serves() {
     w.handle.reload().await;
     assert_eq!(status(new).await, 200, "a broken file changes nothing");
     until("it is counted", async || {
-        w.metric(new, "lazyimg_store_reloads_failed_total").await >= 1.0
+        w.metric(OBSERVER, "lazyimg_store_reloads_failed_total")
+            .await
+            >= 1.0
     })
     .await;
 }

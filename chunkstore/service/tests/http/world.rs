@@ -28,6 +28,7 @@ pub const PATIENCE: Duration = Duration::from_secs(30);
 pub const ALPHA: &str = "alpha-token-of-a-test";
 pub const BETA: &str = "beta-token-of-a-test";
 pub const READER: &str = "reader-token-of-a-test";
+pub const OBSERVER: &str = "observer-token-of-a-test";
 pub const ADMIN: &str = "admin-token-of-a-test";
 
 /// What a test wants of its store.
@@ -61,6 +62,7 @@ impl Setup {
             ("beta", BETA),
             ("reader", READER),
             ("admin", ADMIN),
+            ("observer", OBSERVER),
         ] {
             write_secret(&setup.path(name), token);
         }
@@ -79,6 +81,9 @@ impl Setup {
             [tenants.admin]
             token-files = ["admin"]
             rights = ["administer"]
+            [tenants.observer]
+            token-files = ["observer"]
+            rights = ["observe"]
             "#
             .to_owned(),
         );

@@ -32,6 +32,9 @@ fn roots_text(roots: &Value) -> String {
                 word(&root["alarm"]["chunk"])
             );
         }
+        if root["alarms_ignored"].is_u64() {
+            line += "  (alarms do not keep it)";
+        }
         line + "\n"
     };
     list(roots).map(line).collect()
@@ -40,7 +43,7 @@ fn roots_text(roots: &Value) -> String {
 /// Begins a new root.
 pub fn rotate(global: &Global, args: &StoreAct) -> Result<(), Error> {
     let admin = Admin::new(&args.at)?;
-    let done = block_on(admin.post("/v1/admin/roots/rotate", None))?;
+    let done = block_on(admin.post("/v1/admin/roots/rotate"))?;
     if args.json {
         return output::json(&done);
     }
@@ -55,11 +58,14 @@ pub fn rotate(global: &Global, args: &StoreAct) -> Result<(), Error> {
 pub fn acknowledge(global: &Global, args: &StoreAcknowledge) -> Result<(), Error> {
     let admin = Admin::new(&args.at)?;
     let path = format!("/v1/admin/roots/{}/acknowledge", args.root);
-    block_on(admin.post(&path, None))?;
-    output::say(
-        global,
-        &format!("acknowledged; the grace time of {} begins anew", args.root),
-    );
+    let mut text = format!("acknowledged; the grace time of {} begins anew", args.root);
+    if args.ignore_alarms {
+        block_on(admin.post_and_wait(&path, json!({"ignore_alarms": true})))?;
+        text += ", and no further alarm keeps it";
+    } else {
+        block_on(admin.post(&path))?;
+    }
+    output::say(global, &text);
     Ok(())
 }
 
@@ -72,12 +78,24 @@ pub fn gc(global: &Global, args: &StoreGc) -> Result<(), Error> {
         "unused_seconds": args.unused.map(|d| d.as_secs()),
     });
     let waiting = output::spinner(global, "collecting garbage");
-    let report = block_on(admin.post("/v1/admin/gc", Some(options)))?;
+    let report = block_on(admin.post_and_wait("/v1/admin/gc", options))?;
     waiting.finish_and_clear();
     match args.json {
-        true => output::json(&report),
-        false => output::data(&gc_text(&report)),
+        true => output::json(&report)?,
+        false => output::data(&gc_text(&report))?,
     }
+    match failed(&report) {
+        0 => Ok(()),
+        roots => Err(Error::Other(format!(
+            "{roots} roots could not be collected; the report and the store's log say why"
+        ))),
+    }
+}
+
+/// How many roots a pass could not do all with that it should.
+fn failed(report: &Value) -> usize {
+    let roots = list(&report["roots"]);
+    roots.filter(|root| root["error"].is_string()).count()
 }
 
 fn gc_text(report: &Value) -> String {
@@ -104,6 +122,9 @@ fn gc_text(report: &Value) -> String {
             text += &format!("; next step in {}", span(wait));
         }
         text += "\n";
+        if root["error"].is_string() {
+            text += &format!("  FAILED: {}\n", word(&root["error"]));
+        }
         for stuck in list(&root["stuck"]) {
             text += &format!(
                 "  STUCK {} of {} (key {}): {} chunks are gone or damaged; convert the image again, or delete it\n",
@@ -202,17 +223,21 @@ mod tests {
 
     #[test]
     fn a_report_says_what_stops_a_root_from_going() {
-        let text = gc_text(&json!({"dry_run": true, "roots": [{
+        let report = json!({"dry_run": true, "roots": [{
             "root": "r00000001", "before": "retired", "after": "retired", "alarm": true,
             "wait_seconds": 7200, "manifests_moved": 2, "manifests_dropped": 0,
             "chunks_copied": 3, "bytes_copied": 1500,
+            "error": "a document is damaged",
             "stuck": [{"tenant": "a", "image": "sha256:00", "key": "0123", "chunks": 4}],
-        }]}));
+        }]});
+        let text = gc_text(&report);
+        assert_eq!(failed(&report), 1);
         for word in [
             "nothing was changed",
             "ALARM",
             "1.5 kB",
             "2 h",
+            "FAILED: a document",
             "STUCK",
             "4 chunks",
         ] {

@@ -10,6 +10,7 @@ use lazyimg_store::http::{Limits, Parts};
 use lazyimg_store::server::{Handle, Server, ServerOptions};
 use lazyimg_store::tenants::Tenants;
 use lazyimg_store::tls::Tls;
+use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 use serde::Serialize;
 use tokio::signal::unix::{Signal, SignalKind, signal};
 
@@ -17,6 +18,9 @@ use crate::args::{Global, LogForm, StoreServe};
 use crate::config;
 use crate::exit::Error;
 use crate::output;
+
+/// Files that are open beside the connections: segments, RocksDB's, the log.
+const FILES: u64 = 1024;
 
 /// What `--json` prints once the store serves.
 #[derive(Debug, Serialize)]
@@ -44,6 +48,26 @@ pub fn run(global: &Global, args: &StoreServe) -> Result<(), Error> {
     result
 }
 
+/// Allows as many open files as this process may: the usual bound of 1,024 is less than the connections.
+fn allow_files(connections: u32) {
+    let limit = getrlimit(Resource::Nofile);
+    let raised = Rlimit {
+        current: limit.maximum,
+        ..limit
+    };
+    let allowed = match setrlimit(Resource::Nofile, raised) {
+        Ok(()) => limit.maximum,
+        Err(_) => limit.current,
+    };
+    let needed = u64::from(connections) + FILES;
+    if let Some(allowed) = allowed.filter(|allowed| *allowed < needed) {
+        tracing::warn!(
+            "{allowed} files may be open and up to {needed} are needed: raise the limit (LimitNOFILE=, \
+             ulimit -n), or lower --max-connections"
+        );
+    }
+}
+
 async fn serve(global: &Global, args: &StoreServe) -> Result<(), Error> {
     // First what costs nothing and may fail.
     let tenants = match &args.tenants {
@@ -65,6 +89,7 @@ async fn serve(global: &Global, args: &StoreServe) -> Result<(), Error> {
         Some(path) => Audit::to_file(path).map_err(Error::io(path.display().to_string()))?,
         None => Audit::to_log(),
     };
+    allow_files(args.limits.max_connections);
     let mut signals = Signals::new().map_err(Error::io("signals"))?;
     let settings = engine(args)?;
     let shared = settings.embedded.is_none();

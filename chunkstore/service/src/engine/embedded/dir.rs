@@ -69,11 +69,14 @@ impl DataDir {
             reserve: 0,
         };
         this.check_version()?;
-        fs::DirBuilder::new()
-            .recursive(true)
-            .mode(0o700)
-            .create(this.segments())
-            .map_err(|e| setup("make", &this.segments(), &e))?;
+        // RocksDB would make its own, and not see to it that a power cut leaves its name.
+        for folder in [this.segments(), this.docs()] {
+            fs::DirBuilder::new()
+                .recursive(true)
+                .mode(0o700)
+                .create(&folder)
+                .map_err(|e| setup("make", &folder, &e))?;
+        }
         this.dir.sync_all().map_err(|e| setup("sync", path, &e))?;
         let (_, total) = this
             .room()
@@ -284,4 +287,19 @@ fn make_private(dir: &File, path: &Path) -> Result<(), EngineError> {
             .map_err(|e| setup("take other users' rights from", path, &e))?;
     }
     Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_folders_of_what_is_acknowledged_have_names_before_anything_is_in_them() {
+        let dir = tempfile::tempdir().unwrap();
+        let data = DataDir::open(&dir.path().join("data"), None).unwrap();
+        for folder in [data.segments(), data.docs()] {
+            let mode = fs::metadata(&folder).unwrap().permissions().mode();
+            assert_eq!(mode & 0o777, 0o700, "{}", folder.display());
+        }
+    }
 }

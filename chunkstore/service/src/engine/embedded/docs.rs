@@ -9,12 +9,12 @@ use std::sync::Arc;
 
 use bytes::Bytes;
 use rocksdb::{
-    ColumnFamily, ColumnFamilyDescriptor, DB, DBCompressionType, Direction, IteratorMode,
-    ReadOptions, WriteBatch, WriteOptions,
+    ColumnFamily, ColumnFamilyDescriptor, DB, DBCompressionType, DBRecoveryMode, Direction,
+    IteratorMode, ReadOptions, WriteBatch, WriteOptions,
 };
 use tokio::sync::{mpsc, oneshot};
 
-use super::{Shared, again, rocks};
+use super::{Shared, again, rocks, wal};
 use crate::engine::{EngineError, When};
 
 /// Requests that wait for the writer; more make their askers wait.
@@ -46,11 +46,25 @@ pub struct Docs {
 }
 
 impl Docs {
-    /// Opens or makes the documents in `dir`.
+    /// Opens or makes the documents in `dir`. What was acknowledged is there, or this fails.
     pub fn open(dir: &Path) -> Result<Self, rocksdb::Error> {
+        match Self::open_with(dir, DBRecoveryMode::TolerateCorruptedTailRecords) {
+            Err(e) if !rocks::is_disk_trouble(&e) && wal::is_torn(dir).unwrap_or(false) => {
+                tracing::warn!(
+                    dir = %dir.display(), error = %e,
+                    "the last write to the documents was torn; it was not acknowledged, and is dropped"
+                );
+                Self::open_with(dir, DBRecoveryMode::PointInTime)
+            }
+            done => done,
+        }
+    }
+
+    fn open_with(dir: &Path, recovery: DBRecoveryMode) -> Result<Self, rocksdb::Error> {
         let mut options = rocks::options(BLOCK_CACHE_BYTES, WRITE_BUFFER_BYTES, MAX_OPEN_FILES);
         options.create_missing_column_families(true);
         options.set_max_total_wal_size(MAX_WAL_BYTES);
+        options.set_wal_recovery_mode(recovery);
         // Most content is sealed or small.
         options.set_compression_type(DBCompressionType::None);
         let names = options.clone();

@@ -9,12 +9,14 @@ mod dir;
 mod docs;
 mod index;
 mod pool;
+mod ready;
 pub mod record;
 #[cfg(test)]
 mod record_tests;
 mod recover;
 mod rocks;
 mod segments;
+mod wal;
 mod writer;
 
 use std::fs::File;
@@ -32,8 +34,10 @@ use tokio::sync::{Semaphore, mpsc, oneshot};
 use self::dir::DataDir;
 use self::docs::{Ask, Docs};
 use self::index::Index;
+use self::ready::Ready;
 use self::segments::{Found, Segments};
-use super::{Engine, EngineError, RootId, When, check_doc_name, check_doc_put};
+use self::writer::Removal;
+use super::{Engine, EngineError, FilePart, RootId, When, check_doc_name, check_doc_put};
 
 /// Reads under way at once; each may hold a thread and a chunk.
 const MAX_READS: usize = 64;
@@ -69,6 +73,7 @@ struct Shared {
     index: RwLock<Option<Index>>,
     docs: RwLock<Option<Docs>>,
     segments: Segments,
+    ready: Ready,
     closed: AtomicBool,
     dir: DataDir,
 }
@@ -119,13 +124,18 @@ impl Shared {
     fn get_chunk(&self, root: u32, id: &ChunkId) -> Result<Option<Bytes>, EngineError> {
         let mut looked = None;
         loop {
+            let before = self.ready.before();
             let Some(at) = self.with_index(|index| index.get(root, id))? else {
                 return Ok(None);
             };
             let why = match self.segments.read(root, id, at) {
-                Found::Chunk(bytes) => return Ok(Some(bytes)),
+                Found::Chunk(bytes) => {
+                    self.ready.intact(before, root, id, at);
+                    return Ok(Some(bytes));
+                }
                 Found::Gone => format!("segment {} is missing", at.segment),
                 Found::Bad(why) => why,
+                Found::Trouble(why) => return Err(EngineError::Unavailable(why)),
             };
             // The root may have been deleted, or the chunk replaced, since the index was asked.
             if looked == Some(at) {
@@ -234,6 +244,7 @@ impl EmbeddedEngine {
             index: RwLock::new(Some(index)),
             docs: RwLock::new(Some(docs)),
             segments,
+            ready: Ready::default(),
             closed: AtomicBool::new(false),
             dir,
         });
@@ -294,6 +305,13 @@ impl EmbeddedEngine {
             replace,
             reply,
         });
+        self.chunks()?.send(job).await.map_err(|_| closed())?;
+        answer.await.map_err(|_| closed())?
+    }
+
+    async fn remove(&self, root: u32, step: Removal) -> Result<(), EngineError> {
+        let (reply, answer) = oneshot::channel();
+        let job = writer::Job::Remove { root, step, reply };
         self.chunks()?.send(job).await.map_err(|_| closed())?;
         answer.await.map_err(|_| closed())?
     }
@@ -370,6 +388,13 @@ impl Engine for EmbeddedEngine {
             .await
     }
 
+    fn ready_chunk(&self, root: RootId, id: &ChunkId) -> Option<FilePart> {
+        let (ready, root) = (&self.shared.ready, root.0.get());
+        let at = ready.place(root, id)?;
+        let file = self.shared.segments.open_file(root, at.segment)?;
+        ready.part(root, id, file, at)
+    }
+
     async fn stat_chunks(
         &self,
         root: RootId,
@@ -399,13 +424,15 @@ impl Engine for EmbeddedEngine {
     }
 
     async fn remove_chunks(&self, root: RootId) -> Result<(), EngineError> {
-        let (reply, answer) = oneshot::channel();
-        let job = writer::Job::Remove {
-            root: root.0.get(),
-            reply,
-        };
-        self.chunks()?.send(job).await.map_err(|_| closed())?;
-        answer.await.map_err(|_| closed())?
+        let root = root.0.get();
+        self.remove(root, Removal::TakeAway).await?;
+        let cleared = self.read(move |shared| {
+            shared.segments.clear_removed(root).map_err(|e| {
+                EngineError::Unavailable(format!("cannot delete the segments of root {root}: {e}"))
+            })
+        });
+        cleared.await?;
+        self.remove(root, Removal::Forget).await
     }
 
     async fn put_doc(&self, name: &str, bytes: Bytes, when: When) -> Result<bool, EngineError> {

@@ -9,7 +9,7 @@ use parking_lot::Mutex;
 use super::record::MAX_RECORD;
 
 /// Shorter records get memory of their own: nothing is gained by keeping it.
-const LEAST_BYTES: usize = 64 << 10;
+const LEAST_BYTES: usize = 256 << 10;
 /// Capacities of buffers that are kept: a record of the usual chunk length, and the longest.
 const CLASSES: [usize; 2] = [(512 << 10) + 4096, MAX_RECORD];
 /// Idle buffers kept of each class: 50 MiB in all.

@@ -33,6 +33,26 @@ pub enum Found {
     Gone,
     /// Something else is there, or the disk cannot read it.
     Bad(String),
+    /// It may be there: this process could not look.
+    Trouble(String),
+}
+
+/// What a failure to open or read means. A lack of files or of memory says nothing of the chunk.
+fn failed(e: &io::Error, what: String) -> Found {
+    let of_the_file = [
+        Errno::IO,
+        Errno::NODATA,
+        Errno::UCLEAN,
+        Errno::BADMSG,
+        Errno::NXIO,
+        Errno::LOOP,
+    ];
+    let bad = e.kind() == io::ErrorKind::UnexpectedEof
+        || Errno::from_io_error(e).is_some_and(|e| of_the_file.contains(&e));
+    match bad {
+        true => Found::Bad(what),
+        false => Found::Trouble(what),
+    }
 }
 
 /// The segment files of a store.
@@ -61,7 +81,7 @@ impl Segments {
         let file = match self.file(segment) {
             Ok(file) => file,
             Err(e) if e.kind() == io::ErrorKind::NotFound => return Found::Gone,
-            Err(e) => return Found::Bad(format!("cannot open segment {segment:?}: {e}")),
+            Err(e) => return failed(&e, format!("cannot open segment {segment:?}: {e}")),
         };
         let len = RECORD_HEADER + at.len as usize;
         let read = self
@@ -69,7 +89,7 @@ impl Segments {
             .read(len, |buffer| file.read_exact_at(buffer, at.offset));
         let bytes = match read {
             Ok(bytes) => bytes,
-            Err(e) => return Found::Bad(format!("cannot read {segment:?} at {}: {e}", at.offset)),
+            Err(e) => return failed(&e, format!("cannot read {segment:?} at {}: {e}", at.offset)),
         };
         match record::parse_record(segment, at.offset, &bytes) {
             Some((record, _)) if record.id == *id && record.len == at.len => {
@@ -157,6 +177,12 @@ impl Segments {
         let file = Arc::new(file);
         self.remember(id, &file);
         Ok(file)
+    }
+
+    /// The file of a segment, if it is open already.
+    pub fn open_file(&self, root: u32, number: u32) -> Option<Arc<File>> {
+        let id = SegmentId { root, number };
+        self.files.lock().get(&id).map(Arc::clone)
     }
 
     /// Deletes one segment file.

@@ -30,13 +30,25 @@ const MAX_ACTIVE: usize = 16;
 pub enum Job {
     /// Keep a chunk.
     Put(Put),
-    /// Delete all chunks of a root.
+    /// Delete all chunks of a root: one step of it.
     Remove {
         /// Its number.
         root: u32,
+        /// Which.
+        step: Removal,
         /// Where the answer goes.
         reply: oneshot::Sender<Result<(), EngineError>>,
     },
+}
+
+/// How a root is deleted. Between the steps its files are unlinked, which may take long: chunks are
+/// written meanwhile.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Removal {
+    /// Take its files away, at once and for good.
+    TakeAway,
+    /// Forget what the index has of it.
+    Forget,
 }
 
 /// A chunk to keep.
@@ -116,9 +128,12 @@ impl Writer {
             if !batch.is_empty() {
                 self.commit(batch);
             }
-            if let Some(Job::Remove { root, reply }) = taken {
+            if let Some(Job::Remove { root, step, reply }) = taken {
                 // Nobody may be waiting any more.
-                let _ = reply.send(self.remove(root));
+                let _ = reply.send(match step {
+                    Removal::TakeAway => self.take_away(root),
+                    Removal::Forget => self.forget(root),
+                });
             }
             next = jobs.blocking_recv();
         }
@@ -185,6 +200,7 @@ impl Writer {
     ) -> Result<(), Failure> {
         let mut entries = Entries::default();
         let mut touched: BTreeSet<u32> = BTreeSet::new();
+        let mut replaced = Vec::new();
         let mut rolled = false;
         for put in puts {
             let size = (RECORD_HEADER + put.bytes.len()) as u64;
@@ -203,6 +219,9 @@ impl Writer {
                 .map_err(|e| Failure::Write(disk_error("append to", active.id, &e)))?;
             active.len += size;
             entries.put(put.root, &put.id, at);
+            if put.replace {
+                replaced.push((put.root, put.id));
+            }
             touched.insert(put.root);
         }
         for root in &touched {
@@ -214,6 +233,9 @@ impl Writer {
         index
             .write(entries)
             .map_err(|e| Failure::Index(self.shared.index_error(&e)))?;
+        for (root, id) in replaced {
+            self.shared.ready.replaced(root, &id);
+        }
         for root in touched {
             if let Some(active) = self.active.get_mut(&root) {
                 active.committed = active.len;
@@ -343,7 +365,7 @@ impl Writer {
         Ok(())
     }
 
-    fn remove(&mut self, root: u32) -> Result<(), EngineError> {
+    fn take_away(&mut self, root: u32) -> Result<(), EngineError> {
         drop(self.active.remove(&root));
         for id in self.shared.segments.list(root).unwrap_or_default() {
             let highest = self.highest.entry(root).or_default();
@@ -355,7 +377,11 @@ impl Writer {
         // From here on the root is gone, whatever happens: see recover.rs. Its files go first, since
         // the index may need their room to forget them.
         self.shared.segments.remove_root(root).map_err(failed)?;
-        self.shared.segments.clear_removed(root).map_err(failed)?;
+        self.shared.ready.removed(root);
+        Ok(())
+    }
+
+    fn forget(&mut self, root: u32) -> Result<(), EngineError> {
         self.mend_index()?;
         let purged = match &*self.shared.index.read() {
             Some(index) => index.purge(root),
