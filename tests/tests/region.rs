@@ -1,4 +1,5 @@
 //! Hosts, a regional store and a registry: what goes on when one of them is gone.
+#![allow(clippy::unwrap_used, reason = "a test may")]
 
 use std::path::PathBuf;
 use std::time::Duration;
@@ -102,6 +103,98 @@ fn a_host_without_registry_and_credentials_mounts_what_the_store_has() {
     let flags = ["--store", url.as_str(), "--store-only"];
     let mount = host.mount_with(&exact, host.home().join("mnt"), &flags);
     setup.sample.assert_right(mount.dir());
+}
+
+#[test]
+fn an_image_named_by_digest_is_that_image_whatever_the_store_says() {
+    let mut setup = Setup::new("region-digest");
+    let image = setup.convert()["image"].as_str().unwrap().to_owned();
+    let other = Sample::new(&setup.work.dir("other"), 52, 3);
+    let other_name = setup.registry.push(&other.layout, "v1", "app:v2");
+    let url = setup.store.url();
+    let convert = ["convert", other_name.as_str(), "--store", &url];
+    let other_image = setup.lazyimg.json(&convert)["image"].clone();
+    let app = setup.registry.reference("app");
+    let exact = format!("{app}@{image}");
+    // Somebody in the region says that this digest is of the other image.
+    let body = serde_json::json!({ "image": other_image }).to_string();
+    let name = format!("{exact}#linux/amd64");
+    let name = name.replace('/', "%2F").replace('#', "%23");
+    let put = format!("PUT /v1/refs/{name}");
+    http(&url, &put, "application/json", &body);
+    let host = setup.fresh_host("host");
+    for only in [&["--store", &url, "--store-only"][..], &["--store", &url]] {
+        let flags = [only, &["--platform", "linux/amd64"]].concat();
+        let mount = host.mount_with(&exact, host.home().join("mnt"), &flags);
+        setup.sample.assert_right(mount.dir());
+        mount.umount();
+    }
+
+    // The digest of an index: it says itself which images are in it, and the store has it.
+    let size = setup.registry.blob(&image).len();
+    let kind = "application/vnd.oci.image.index.v1+json";
+    let index = serde_json::json!({
+        "schemaVersion": 2,
+        "mediaType": kind,
+        "manifests": [{
+            "mediaType": "application/vnd.oci.image.manifest.v1+json",
+            "digest": image,
+            "size": size,
+            "platform": { "os": "linux", "architecture": "amd64" },
+        }],
+    })
+    .to_string();
+    let digest = lazyimg_convergent::Digest::of(index.as_bytes());
+    let registry = format!("http://{}", setup.registry.host());
+    let put = format!("PUT /v2/app/manifests/{digest}");
+    http(&registry, &put, kind, &index);
+    let index = format!("{app}@{digest}");
+    let flags = ["--store", &url, "--platform", "linux/amd64"];
+    let convert = [&["convert", &index][..], &flags].concat();
+    assert_eq!(setup.lazyimg.json(&convert)["image"], image.as_str());
+    let host = setup.fresh_host("index");
+    let mount = host.mount_with(&index, host.home().join("mnt"), &flags);
+    setup.sample.assert_right(mount.dir());
+    assert_eq!(mount.count("/tiers/registry/chunks"), 0);
+    mount.umount();
+    setup.registry.stop();
+    for (n, only) in [&["--store-only"][..], &[]].iter().enumerate() {
+        let host = setup.fresh_host(&format!("index-{n}"));
+        let mount = host.mount_with(&index, host.home().join("mnt"), &[&flags, *only].concat());
+        setup.sample.assert_right(mount.dir());
+        mount.umount();
+    }
+    // A store that lost it, or has another under its name, proves nothing; the image's own digest does
+    // not need it.
+    // docs/store.md: half of the digest's hex digits.
+    let name = format!("index-{}", &digest.hex()[..32]);
+    let profile = format!("/v1/images/{image}/profiles/{name}");
+    http(&url, &format!("PUT {profile}"), kind, "{\"manifests\":[]}");
+    let host = setup.fresh_host("unproved");
+    std::fs::create_dir_all(host.home().join("mnt")).unwrap();
+    let at = host.home().join("mnt").to_string_lossy().into_owned();
+    for (code, only) in [(3, &["--store-only"][..]), (5, &[])] {
+        let mount = [&["mount", &index, &at][..], &flags, only].concat();
+        let words = host.fails(code, &mount);
+        assert!(words.contains(&format!("name {exact}")), "{words}");
+    }
+    let mount = host.mount_with(&exact, host.home().join("mnt"), &flags);
+    setup.sample.assert_right(mount.dir());
+}
+
+/// One request to a server on loopback, which must succeed.
+#[track_caller]
+fn http(server: &str, request: &str, kind: &str, body: &str) {
+    use std::io::{Read, Write};
+    let host = server.trim_start_matches("http://");
+    let mut socket = std::net::TcpStream::connect(host).unwrap();
+    let len = body.len();
+    let head = format!("{request} HTTP/1.1\r\nhost: {host}\r\nconnection: close\r\n");
+    let head = format!("{head}content-type: {kind}\r\ncontent-length: {len}\r\n\r\n");
+    socket.write_all((head + body).as_bytes()).unwrap();
+    let mut said = String::new();
+    socket.read_to_string(&mut said).unwrap();
+    assert!(said.starts_with("HTTP/1.1 2"), "{request}: {said}");
 }
 
 #[test]

@@ -16,8 +16,8 @@ use lazyimg_convergent::ChunkId;
 use lazyimg_tests::sample::noise;
 use lazyimg_tests::{Lazyimg, Registry, Sample, Store, WorkDir};
 
-/// Kills in a usual run: the whole file takes about a minute and a half.
-const USUAL_KILLS: u64 = 80;
+/// Kills in a usual run: the whole file takes some minutes.
+const USUAL_KILLS: u64 = 500;
 
 /// The store is killed no later than this after the load began.
 const LATEST_KILL: Duration = Duration::from_millis(60);

@@ -256,7 +256,8 @@ fn tenants_are_read_again_on_sighup_and_a_second_signal_ends_at_once() {
     }
     let file = lazyimg.home().join("tenants.toml");
     fs::write(&file, TENANTS).unwrap();
-    let new = fs::read_to_string(lazyimg.home().join("new.token")).unwrap();
+    let read = |name: &str| fs::read_to_string(lazyimg.home().join(name)).unwrap();
+    let (new, admin) = (read("new.token"), read("admin.token"));
     let args = [
         "--data",
         "data",
@@ -286,7 +287,7 @@ fn tenants_are_read_again_on_sighup_and_a_second_signal_ends_at_once() {
     );
     socket.write_all(head.as_bytes()).unwrap();
     let under_way = || {
-        let metrics = store.ask("GET", "/metrics", new.trim(), b"").1;
+        let metrics = store.ask("GET", "/metrics", admin.trim(), b"").1;
         String::from_utf8_lossy(&metrics).contains("lazyimg_store_requests_under_way 2")
     };
     wait_for("it is under way", PATIENCE, under_way);
