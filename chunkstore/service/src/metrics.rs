@@ -355,6 +355,21 @@ mod tests {
     use super::*;
 
     #[test]
+    fn the_dashboard_shows_only_what_is_counted() {
+        let dashboard = include_str!("../../../docs/operations/grafana-store.json");
+        let counted = include_str!("metrics.rs");
+        let named = |c: char| c.is_ascii_lowercase() || c == '_';
+        let mut shown = 0;
+        for (at, _) in dashboard.match_indices("lazyimg_store_") {
+            let name = dashboard[at..].split(|c| !named(c)).next().unwrap();
+            let name = name.strip_suffix("_bucket").unwrap_or(name);
+            assert!(counted.contains(&format!("\"{name}\"")), "{name}");
+            shown += 1;
+        }
+        assert!(shown > 20, "{shown}");
+    }
+
+    #[test]
     fn requests_are_counted_by_route_and_class() {
         let metrics = Metrics::new().unwrap();
         metrics.request(Route::Chunk, Some(200), Duration::from_micros(200));
