@@ -124,11 +124,15 @@ impl Place {
     }
 }
 
+/// Whether any thread of it lives: the first is a zombie until the last has ended.
 pub fn is_running(pid: u32) -> bool {
+    let threads = fs::read_dir(format!("/proc/{pid}/task")).map_or(0, Iterator::count);
     let stat = fs::read_to_string(format!("/proc/{pid}/stat")).unwrap_or_default();
-    stat.rsplit(')')
+    let zombie = stat
+        .rsplit(')')
         .next()
-        .is_some_and(|rest| !rest.is_empty() && !rest.trim_start().starts_with('Z'))
+        .is_none_or(|rest| rest.is_empty() || rest.trim_start().starts_with('Z'));
+    threads > 1 || !zombie
 }
 
 impl Drop for Place {
