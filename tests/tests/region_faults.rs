@@ -1,9 +1,5 @@
 //! Faults on the wire between a host, the store and the registry: a right byte or an error in time.
-#![allow(
-    clippy::unwrap_used,
-    clippy::print_stdout,
-    reason = "a test may, and its numbers are of interest"
-)]
+#![allow(clippy::unwrap_used, reason = "a test may")]
 
 use std::collections::HashSet;
 use std::fs::File;
@@ -14,7 +10,7 @@ use std::time::{Duration, Instant};
 use lazyimg_tests::process::wait_for;
 use lazyimg_tests::proxy::{Request, Target};
 use lazyimg_tests::sample::forget;
-use lazyimg_tests::{Fault, Lazyimg, Mounted, Proxy, Registry, Sample, Store, WorkDir};
+use lazyimg_tests::{Fault, Lazyimg, Mounted, Proxy, Registry, Sample, Store, WorkDir, say};
 
 const EIO: i32 = 5;
 
@@ -195,7 +191,7 @@ fn whatever_happens_on_the_wire_to_the_store_costs_no_reader_an_error_or_a_wrong
         assert_eq!(failed, 0, "{fault:?}: {:#}\n{}", mount.status(), host.log());
         let hit = setup.store.faulted() - hit;
         assert!(hit > 0, "{fault:?} has not happened");
-        println!("{fault:?}: {hit} times, {:.1?}", begun.elapsed());
+        say!("{fault:?}: {hit} times, {:.1?}", begun.elapsed());
         setup.heal();
     }
     // Not asserted: `errors` of the mount. It counts what the kernel asked ahead of a reader too, in the
@@ -223,7 +219,7 @@ fn whatever_happens_on_all_wires_is_right_bytes_or_eio_in_time_and_heals_without
         let failed = setup.read_pieces(&mount, seed as u64);
         let hit = setup.store.faulted() + setup.registry.faulted() - hit;
         assert!(hit > 1, "{fault:?} has happened {hit} times");
-        println!(
+        say!(
             "{fault:?}: {hit} times, {failed} errors, {:.1?}",
             begun.elapsed()
         );
@@ -277,7 +273,7 @@ fn in_a_storm_of_503_the_registry_gets_no_more_requests_than_ranges_and_retry_bu
     let successes = 0.0;
     let tokens = BUDGET + PER_SUCCESS * successes + PER_SECOND * elapsed;
     let most = distinct.len() as f64 + tokens + 1.0;
-    println!(
+    say!(
         "{failed} reads failed in {elapsed:.1} s; {} requests, {} distinct; {most:.1} are allowed",
         storm.len(),
         distinct.len()

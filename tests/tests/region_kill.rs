@@ -1,11 +1,7 @@
 //! kill -9 of the store and of hosts at random moments: what was acknowledged is there, and right.
 //!
 //! `LAZYIMG_KILLS` says how many kills there are in all; one in ten is a host's.
-#![allow(
-    clippy::unwrap_used,
-    clippy::print_stdout,
-    reason = "a test may, and its numbers are of interest"
-)]
+#![allow(clippy::unwrap_used, reason = "a test may")]
 
 use std::io::{Read, Write};
 use std::net::TcpStream;
@@ -14,7 +10,7 @@ use std::time::{Duration, Instant};
 
 use lazyimg_convergent::ChunkId;
 use lazyimg_tests::sample::noise;
-use lazyimg_tests::{Lazyimg, Registry, Sample, Store, WorkDir};
+use lazyimg_tests::{Lazyimg, Registry, Sample, Store, WorkDir, say};
 
 /// Kills in a usual run: the whole file takes some minutes.
 const USUAL_KILLS: u64 = 500;
@@ -149,7 +145,7 @@ fn assert_there(port: u16, chunks: &[Made], when: &str) {
 fn summary(what: &str, times: &mut [Duration]) {
     times.sort_unstable();
     let at = |part: usize| times[(times.len() - 1) * part / 100];
-    println!(
+    say!(
         "{what}: {} times; median {:.1?}, 99 % {:.1?}, max {:.1?}",
         times.len(),
         at(50),
@@ -202,7 +198,7 @@ fn a_chunk_that_was_acknowledged_survives_kill_9_of_the_store_at_any_moment() {
     store.stop();
     store.restart();
     assert_there(store.port(), &acknowledged, "after a clean restart");
-    println!(
+    say!(
         "{} chunks were acknowledged in {rounds_with_puts} of {rounds} rounds",
         acknowledged.len()
     );
@@ -296,7 +292,7 @@ fn hosts_and_their_store_killed_while_chunks_are_written_back_leave_nothing_wron
         mount.leave();
         host.kill_daemon();
     }
-    println!("{} pieces were read before the kills", read.load(Relaxed));
+    say!("{} pieces were read before the kills", read.load(Relaxed));
     assert!(
         read.load(Relaxed) > 0,
         "the kills came before anything was read"

@@ -2,7 +2,7 @@
 #![allow(
     clippy::unwrap_used,
     clippy::print_stdout,
-    reason = "a test may, and its numbers are of interest"
+    reason = "a test may, and what it prints is of interest when it fails"
 )]
 
 use std::collections::{HashMap, HashSet};
@@ -12,7 +12,7 @@ use std::time::{Duration, Instant};
 
 use lazyimg_tests::process::wait_for;
 use lazyimg_tests::proxy::Request;
-use lazyimg_tests::{Lazyimg, Proxy, Registry, Sample, Store, WorkDir};
+use lazyimg_tests::{Lazyimg, Proxy, Registry, Sample, Store, WorkDir, say};
 
 const HOSTS: usize = 10;
 const MOUNTS_PER_HOST: usize = 20;
@@ -140,7 +140,7 @@ fn stampede(name: &str) -> f64 {
     let len = |(_, range): &(String, String)| bounds(range).map_or(0, |(first, end)| end - first);
     let fetched: u64 = asked.iter().map(len).sum();
     let (needed, ratio) = (union(&distinct), asked.len() as f64 / distinct.len() as f64);
-    println!(
+    say!(
         "{} requests for {} distinct ranges: {ratio:.3} each; {fetched} bytes, of which {needed} different: {:.3} \
          each; {} requests in all, {took:.1?}",
         asked.len(),
