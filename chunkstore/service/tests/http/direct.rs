@@ -87,13 +87,21 @@ impl Connection {
     }
 }
 
-/// Whether the kernel tells what is in the page cache: `cachestat(2)` came with Linux 6.5.
-fn kernel_tells() -> bool {
+/// Whether the kernel surely tells what is in the page cache of the store's files: `cachestat(2)` came with
+/// Linux 6.5, may be forbidden by a seccomp filter, and may see nothing through overlayfs.
+fn kernel_tells(w: &World) -> bool {
+    const OVERLAYFS: u64 = 0x794c_7630;
     let release = fs::read_to_string("/proc/sys/kernel/osrelease").unwrap();
     let mut numbers = release
         .split(['.', '-'])
         .map_while(|n| n.parse::<u32>().ok());
-    (numbers.next(), numbers.next()) >= (Some(6), Some(5))
+    let new = (numbers.next(), numbers.next()) >= (Some(6), Some(5));
+    let status = fs::read_to_string("/proc/self/status").unwrap();
+    let free = status
+        .lines()
+        .any(|line| line.split_whitespace().eq(["Seccomp:", "0"]));
+    let place = rustix::fs::statfs(w.dir.path()).unwrap();
+    new && free && place.f_type as u64 != OVERLAYFS
 }
 
 async fn from_files(w: &World, token: &str) -> f64 {
@@ -148,7 +156,10 @@ async fn chunks_are_whole_asked_one_by_one_and_many_before_the_first_answer() {
     assert_eq!(hits, 55.0);
     // The first read of each is the engine's.
     let sent = from_files(&w, "").await;
-    assert_eq!(sent, if kernel_tells() { 50.0 } else { 0.0 });
+    match kernel_tells(&w) {
+        true => assert_eq!(sent, 50.0),
+        false => assert!([0.0, 50.0].contains(&sent), "{sent}"),
+    }
     assert!(w.stop().await);
 }
 
